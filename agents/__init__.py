@@ -1,0 +1,1 @@
+"""Policies for `asg_env`, and what trains, judges and exports them."""

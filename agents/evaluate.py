@@ -1,0 +1,265 @@
+"""The evaluation protocol: controllers and baselines on the published test instances.
+
+The only module that reads the test split. Everything that is tuned or searched is chosen on
+outer_valid of *train* instances before any test image is looked at.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.baselines import FAMILIES, Controller, KnownScale, Static
+from agents.experiment import Experiment, RunFolder
+from agents.policy import Policy, RandomPolicy
+from agents.rollout import Episode, RolloutPool, run_controller, run_policy
+from agents.search import Scorer, SearchResult, search_static, train_instances
+from agents.statistics import Estimate, bootstrap_iqm
+from asg_env.core.seeding import derive_seed, numpy_generator
+from asg_env.core.trainer import Trainer
+from asg_env.env import LayerwiseLREnv
+from asg_env.instances import Instance, published_test_instances
+
+EVALUATION_SEED = 0  # of sampled actions, searches and resamples
+PRIMARY = "controller (sampled)"  # what differences are taken from; fixed beforehand
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """An episode and what the trained network does on images nobody has looked at.
+
+    Attributes:
+        episode: Its record.
+        correct: Per test image, bool, shape (N,); all False after divergence.
+        retention: Accuracy of the old head on held-out old-task images; 0 after divergence.
+    """
+
+    episode: Episode
+    correct: np.ndarray
+    retention: float
+
+
+def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float]:
+    """Return which test images are right, (N,), and retention; zeros after divergence."""
+    if diverged:
+        return np.zeros(len(trainer.splits["test"]), dtype=bool), 0.0
+    retention = trainer.evaluate("old_task").accuracy if "old_task" in trainer.splits else 0.0
+    return trainer.evaluate("test").correct.numpy(), retention
+
+
+def judge_policy(
+    env: LayerwiseLREnv, policy: Policy, instance: Instance, seed: int, deterministic: bool
+) -> TestResult:
+    """Run a policy on an instance and test the network."""
+    episode = run_policy(env, policy, instance, seed, deterministic)
+    return TestResult(episode, *test_network(env.trainer, episode.diverged))
+
+
+def judge_controller(
+    env: LayerwiseLREnv, controller: Controller, instance: Instance
+) -> TestResult:
+    """Run a hand-made controller on an instance and test the network."""
+    episode = run_controller(env, controller, instance)
+    return TestResult(episode, *test_network(env.trainer, episode.diverged))
+
+
+@dataclass
+class Row:
+    """One line of the results: a method on all test instances, for each of its seeds.
+
+    Attributes:
+        name: Method.
+        setting: What tuning chose, for people.
+        results: Per seed, per instance.
+        tuning_episodes: Training runs spent on choosing it or training it, per seed.
+        tuning_inner_steps: Inner steps spent so, per seed.
+        tuning_images: Validation images evaluated while doing so, per seed.
+        reference: Knows what no controller knows.
+    """
+
+    name: str
+    setting: str
+    results: list[list[TestResult]]
+    tuning_episodes: int = 0
+    tuning_inner_steps: int = 0
+    tuning_images: int = 0
+    reference: bool = False
+
+    def correct(self) -> np.ndarray:
+        """Bool, shape (S, I, N)."""
+        return np.stack([[r.correct for r in row] for row in self.results])
+
+
+class Evaluation:
+    """Runs the protocol for one run folder."""
+
+    def __init__(
+        self, run: RunFolder, pool: RolloutPool, groups: int,
+        report: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._run, self._pool, self._groups, self._report = run, pool, groups, report
+        self._experiment: Experiment = run.experiment
+
+    def rows(self, policies: Sequence[Policy], random: RandomPolicy, count: int) -> list[Row]:
+        """Judge the controller (one policy per training seed) and every baseline.
+
+        Args:
+            policies: Trained policies, one per training seed.
+            random: The random policy.
+            count: Test instances, the first so many of the published list.
+        """
+        experiment = self._experiment
+        listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
+        spent = training_cost(self._run)
+        rows = [
+            self._policy_row(PRIMARY, policies, listed, False, spent),
+            self._policy_row("controller (greedy)", policies, listed, True, spent),
+        ]
+        rows += self._search_rows(listed)
+        for family, candidates in FAMILIES.items():
+            rows.append(self._tuned_row(family, candidates(self._groups), listed))
+        rows.append(self._policy_row("random policy", [random], listed, False, {}))
+        return rows
+
+    def _policy_row(
+        self, name: str, policies: Sequence[Policy], listed: Sequence[Instance],
+        deterministic: bool, spent: dict[str, int],
+    ) -> Row:
+        self._report(name)
+        jobs = [
+            (policy, instance, derive_seed(EVALUATION_SEED, name, seed, index), deterministic)
+            for seed, policy in enumerate(policies) for index, instance in enumerate(listed)]
+        results = list(self._pool.map(judge_policy, jobs))
+        return Row(name, "", _by_seed(results, len(listed)), spent.get("episodes", 0),
+                   spent.get("inner_steps", 0), spent.get("validation_images", 0))
+
+    def _controller_row(
+        self, name: str, setting: str, controllers: Sequence[Controller],
+        listed: Sequence[Instance], cost: SearchResult | Scorer, reference: bool = False,
+    ) -> Row:
+        jobs = [(controller, instance) for controller in controllers for instance in listed]
+        results = list(self._pool.map(judge_controller, jobs))
+        return Row(name, setting, _by_seed(results, len(listed)), cost.episodes,
+                   cost.inner_steps, cost.validation_images, reference)
+
+    def _tuned_row(
+        self, family: str, candidates: dict[str, Controller], listed: Sequence[Instance]
+    ) -> Row:
+        """Choose a family's candidate on train instances, then test that one."""
+        self._report(family)
+        experiment = self._experiment
+        tuning = train_instances(
+            experiment.task, experiment.env.instances, derive_seed(EVALUATION_SEED, "tuning"),
+            experiment.train.tuning_instances)
+        scorer = Scorer(self._pool, tuning)
+        scores = scorer.score(candidates, len(tuning))
+        best = max(scores, key=lambda name: scores[name])
+        return self._controller_row(family, best, [candidates[best]], listed, scorer)
+
+    def _search_rows(self, listed: Sequence[Instance]) -> list[Row]:
+        """The equal-budget static search, one per training seed, and the scale-aware line."""
+        experiment = self._experiment
+        if experiment.search_episodes == 0:
+            return []
+        found = [
+            self._search(experiment.env.instances, index, f"seed-{index}/search.json")
+            for index in range(experiment.train.seeds)]
+        rows = [self._controller_row(
+            "static search", "; ".join(_vector(f.vector) for f in found),
+            [Static(f.vector) for f in found], listed, found[0])]
+        if experiment.env.instances == "fixed":
+            return rows
+        known = self._search("fixed", 0, "known_scale.json")
+        rows += [
+            self._controller_row(
+                f"static, scale known ({label})", _vector(known.vector),
+                [KnownScale(known.vector, clip)], listed, known, reference=True)
+            for label, clip in (("clipped", True), ("unclipped", False))]
+        return rows
+
+    def _search(self, instances: Any, index: int, file: str) -> SearchResult:
+        """Search once and keep the result in the run folder."""
+        path = self._run.path / file
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return SearchResult(**{**stored, "vector": tuple(stored["vector"])})
+        experiment = self._experiment
+        budget = experiment.search_episodes
+        self._report(f"static search over {budget} episodes ({file})")
+        seed = derive_seed(EVALUATION_SEED, "search", instances, experiment.seed + index)
+        scorer = Scorer(self._pool, train_instances(experiment.task, instances, seed, 108))
+        result = search_static(scorer, experiment.env.grid, self._groups, budget, seed)
+        self._run.write_json(file, result.__dict__)
+        return result
+
+
+def training_cost(run: RunFolder) -> dict[str, int]:
+    """What one training seed cost: episodes, inner steps and validation images."""
+    lines = read_metrics(run.seed_folder(0))
+    return {
+        "episodes": int(lines[-1]["episodes"]) if lines else 0,
+        "inner_steps": int(sum(line["inner_steps"] for line in lines)),
+        "validation_images": int(sum(line["validation_images"] for line in lines)),
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Lines of a training seed's `metrics.jsonl`."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:
+    """Reduce rows to the numbers of `results.json`: IQM, interval, paired differences."""
+    primary = rows[0].correct()
+    table = []
+    for row in rows:
+        correct = row.correct()
+        estimate = bootstrap_iqm(correct, numpy_generator(EVALUATION_SEED, "bootstrap", row.name))
+        episodes = [r.episode for results in row.results for r in results]
+        entry: dict[str, Any] = {
+            "name": row.name, "setting": row.setting, "reference": row.reference,
+            "accuracy": _plain(estimate),
+            "mean": float(correct.mean()),
+            "std_over_instances": float(correct.mean(axis=-1).std()),
+            "retention": float(np.mean([r.retention for rs in row.results for r in rs])),
+            "diverged": float(np.mean([e.diverged for e in episodes])),
+            "cost": {"episodes": row.tuning_episodes, "inner_steps": row.tuning_inner_steps,
+                     "validation_images": row.tuning_images},
+            "per_instance": correct.mean(axis=-1).round(6).tolist(),
+        }
+        if row is not rows[0]:
+            difference = bootstrap_iqm(
+                primary, numpy_generator(EVALUATION_SEED, "difference", row.name), minus=correct)
+            entry["controller_minus_this"] = _plain(difference)
+        table.append(entry)
+    return {
+        "protocol": {
+            "primary": PRIMARY, "statistic": "interquartile mean over training seeds x instances",
+            "interval": "95 % percentile; resamples seeds, instances, test images; differences "
+                        "paired by instance",
+            "instances": [r.episode.instance.to_dict() for r in rows[0].results[0]],
+            "training_seeds": len(rows[0].results),
+            "test_images": primary.shape[-1],
+            "reward": reward,
+        },
+        "rows": table,
+    }
+
+
+def _by_seed(results: list[TestResult], count: int) -> list[list[TestResult]]:
+    return [results[i : i + count] for i in range(0, len(results), count)]
+
+
+def _vector(vector: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{m:g}" for m in vector) + ")"
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {"iqm": estimate.value, "low": estimate.low, "high": estimate.high,
+            "seeds": estimate.seeds, "instances": estimate.instances}

@@ -1,0 +1,237 @@
+"""Experiment files and run folders: what a run is made of and where it is kept."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field
+
+from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
+from asg_env.tasks import TASK_MODULES
+
+# `agent.kind` -> its module, imported when asked for; each has `AgentSettings` and `Learner`.
+AGENT_MODULES = {"reinforce": "agents.reinforce", "ppo": "agents.sb3"}
+
+
+class TrainSettings(Settings):
+    """`train:` of an experiment file."""
+
+    seeds: Annotated[int, Field(ge=1)] = 1  # training seeds: seed, seed + 1, ...
+    workers: Annotated[int, Field(ge=1)] = 2  # [processes]
+    test_instances: Annotated[int, Field(ge=1, le=40)] = 40
+    tuning_instances: Annotated[int, Field(ge=1)] = 8  # train instances per baseline candidate
+    search_episodes: Annotated[int, Field(ge=0)] | None = None  # training's own if left out
+
+
+class Experiment:
+    """A validated experiment: environment, agent, budget and seed."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        values = dict(values)
+        unknown = sorted(set(values) - {"env", "agent", "train", "seed"})
+        if unknown:
+            raise ConfigError(f"`{unknown[0]}` is unknown; known keys are agent, env, seed, train")
+        env = _section(values, "env")
+        self.task = env.pop("id", None)
+        if self.task not in TASK_MODULES:
+            raise ConfigError(
+                f"`env.id` must be one of {', '.join(TASK_MODULES)}, got {self.task!r}; set env.id")
+        self.env = validate(EnvSettings, env, "env")
+        if self.env.split != "train":
+            raise ConfigError(f"`env.split` must be train to train on, got {self.env.split}; "
+                              "leave it out")
+        agent = _section(values, "agent")
+        kind = agent.get("kind")
+        if kind not in AGENT_MODULES:
+            raise ConfigError(
+                f"`agent.kind` must be one of {', '.join(AGENT_MODULES)}, got {kind!r}; "
+                "set agent.kind")
+        self.agent_module = import_module(AGENT_MODULES[kind])
+        self.agent = validate(self.agent_module.AgentSettings, agent, "agent")
+        self.train = validate(TrainSettings, _section(values, "train"), "train")
+        seed = values.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"`seed` must be an integer >= 0, got {seed!r}; set seed")
+        self.seed = seed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved values: what `config.yaml` of a run folder holds."""
+        return {
+            "env": {"id": self.task, **self.env.model_dump(exclude_none=True)},
+            "agent": self.agent.model_dump(),
+            "train": self.train.model_dump(exclude_none=True),
+            "seed": self.seed,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved values but for the number of workers, which changes nothing."""
+        values = self.to_dict()
+        del values["train"]["workers"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def search_episodes(self) -> int:
+        """Training runs that a static search may cost: as many as one training seed."""
+        if self.train.search_episodes is not None:
+            return self.train.search_episodes
+        return int(self.agent.episodes)
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"`{name}` must be a mapping of settings, got {section!r}; see configs/")
+    return dict(section)
+
+
+def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment by bare name (of the shipped ones) or path.
+
+    `env:` and `agent:` may be the bare name of a file in configs/env or configs/agent.
+
+    Args:
+        name: Such as `digits-reinforce`, or the path of a YAML file.
+        overrides: `key.key=value` each, the value read as YAML.
+
+    Raises:
+        ConfigError: The file or a value cannot be used.
+    """
+    values = read_yaml(_config_path("experiment", name))
+    for section in ("env", "agent"):
+        if isinstance(values.get(section), str):
+            values[section] = read_yaml(_config_path(section, values[section]))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
+        target = values
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override}: `{part}` is no section; check the key")
+        target[parts[-1]] = parse_yaml(text)
+    return Experiment(values)
+
+
+def _config_path(folder: str, name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return Path(name)
+    shipped = Path(str(files("configs") / folder))
+    path = shipped / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        raise ConfigError(f"{folder} '{name}' is none of the shipped ones ({known}); "
+                          "give one of these or the path of a YAML file")
+    return path
+
+
+class RunFolder:
+    """A run on disk: config.yaml, provenance.json, seed-K/, results and figures."""
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path, self.experiment = path, experiment
+
+    @classmethod
+    def create(
+        cls, path: Path, experiment: Experiment, resume: bool, overwrite: bool
+    ) -> "RunFolder":
+        """Start a run folder, or go on with one.
+
+        Raises:
+            ConfigError: The folder holds a run already, or another one than is resumed, or
+                cannot be written.
+        """
+        config = path / "config.yaml"
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; give one")
+        if config.exists() and not (resume or overwrite):
+            raise ConfigError(f"{path} already holds a run; add --resume to go on with it, "
+                              "--overwrite to start anew, or choose another --out")
+        if resume and not config.exists():
+            raise ConfigError(f"{path} holds no run to resume; leave --resume out to start one")
+        if not config.exists() and path.is_dir() and any(path.iterdir()):
+            raise ConfigError(f"{path} is not empty and holds no run; choose another --out")
+        if resume:
+            stored = cls.open(path).experiment
+            if stored.digest() != experiment.digest():
+                raise ConfigError(f"{path} holds a run of other settings; resume it with those, "
+                                  "or choose another --out")
+            return cls(path, experiment)
+        try:
+            if config.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+            write_text(config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}); "
+                              "choose another --out") from None
+        return cls(path, experiment)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            ConfigError: It is not a run folder.
+        """
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path} is not a run folder (no config.yaml in it); "
+                              "give the --out of an earlier `asg train`")
+        return cls(path, Experiment(read_yaml(path / "config.yaml")))
+
+    def seed_folder(self, index: int) -> Path:
+        """Folder of one training seed."""
+        return self.path / f"seed-{index}"
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write a JSON file of the run."""
+        write_text(self.path / name, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename: no reader ever sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and threads: what bits depend on."""
+    packages = {}
+    for name in ("asg-env", "torch", "gymnasium", "numpy", "stable-baselines3", "mlxtend",
+                 "matplotlib", "pillow"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "threads_per_process": 1,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _commit() -> str:
+    """Commit of the source tree, or "" outside one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+            text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip()

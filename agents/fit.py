@@ -1,0 +1,99 @@
+"""Ordinary training, outside the environment, with a schedule, a controller or a baseline.
+
+No real label is read: a live controller decides from training losses alone (and the synthetic
+inner_valid split, if its observation has it).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from agents.policy import Policy
+from asg_env.actions import ACTIONS
+from asg_env.config import EnvSettings
+from asg_env.core.telemetry import Telemetry
+from asg_env.core.trainer import Trainer
+from asg_env.env import RESET_BATCHES
+from asg_env.instances import Instance
+from asg_env.observations import Observation
+from asg_env.schedule import LearnedSchedule
+
+
+class ScheduleController:
+    """Reads the multipliers of a window off a schedule."""
+
+    def __init__(self, schedule: LearnedSchedule) -> None:
+        self._schedule = schedule
+
+    def begin(self, instance: Instance, groups: int) -> None:
+        """Nothing to prepare."""
+
+    def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
+        """Return the schedule's value at this progress."""
+        return self._schedule.at(progress)
+
+
+class LiveController:
+    """A trained policy that watches a training and sets its multipliers, window by window."""
+
+    def __init__(
+        self, policy: Policy, settings: EnvSettings, trainer: Trainer, deterministic: bool
+    ) -> None:
+        self._policy, self._trainer, self._deterministic = policy, trainer, deterministic
+        self._observation = Observation(
+            settings.observation, trainer.layer_groups, settings.grid)
+        self._action = ACTIONS[settings.action](settings.grid, len(trainer.layer_groups))
+        self._start, self._first_window = settings.start_multiplier, settings.windows()[0]
+
+    def begin(self, instance: Instance, groups: int) -> None:
+        """Look at the first batches before any step is taken, as the environment's reset does."""
+        self._now: tuple[float, ...] = (self._start,) * groups
+        self._initial = self._trainer.initial_report(min(RESET_BATCHES, self._first_window))
+        self._previous_ce = self._initial.ce
+        self._state: Any = None
+
+    def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
+        """Encode the last window as the environment does, and ask the policy."""
+        report = telemetry or self._initial
+        loss = 0.0
+        if self._observation.needs_inner_valid:
+            loss = self._trainer.evaluate("inner_valid").loss
+        observation = self._observation.encode(
+            report, self._previous_ce, progress, self._now, loss)
+        self._previous_ce = report.ce
+        action, self._state = self._policy.predict(
+            observation, self._state, np.array([telemetry is None]),
+            deterministic=self._deterministic)
+        self._now = self._action.decode(action, self._now)
+        return self._now
+
+
+def fit(
+    trainer: Trainer, controller: Any, instance: Instance, windows: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Train once, window by window; stop early if the training diverges.
+
+    Args:
+        trainer: The network and its data; trained in place.
+        controller: A `Controller`, such as those above or `agents.baselines`.
+        instance: Head, data order and rate scale.
+        windows: Inner steps of each window.
+
+    Returns:
+        One record per window: inner step, multipliers, CE, KL, whether it diverged.
+    """
+    trainer.reset(instance.head_seed, instance.data_seed, instance.base_lr_scale)
+    controller.begin(instance, len(trainer.layer_groups))
+    telemetry: Telemetry | None = None
+    records = []
+    for length in windows:
+        progress = trainer.inner_step / sum(windows)
+        multipliers = [float(m) for m in controller.multipliers(progress, telemetry)]
+        telemetry = trainer.run(length, multipliers)
+        records.append({
+            "inner_step": trainer.inner_step, "lr_multipliers": multipliers,
+            "ce": telemetry.ce, "kl": telemetry.kl, "diverged": telemetry.diverged})
+        if telemetry.diverged:
+            break
+    return records

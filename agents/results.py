@@ -1,0 +1,83 @@
+"""The comparison as a table: in the terminal and in Markdown."""
+
+from typing import Any
+
+from rich.table import Table
+
+from agents.baselines import FAMILIES
+from agents.experiment import Experiment
+
+HEADINGS = ("method", "test accuracy (IQM)", "95 % interval", "mean ± std", "retention",
+            "diverged", "tuning episodes", "controller minus this")
+
+
+def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
+    """Training runs that tuning, searches and the final comparison take."""
+    train = experiment.train
+    tuning = sum(len(family(groups)) for family in FAMILIES.values()) * train.tuning_instances
+    searching = experiment.search_episodes > 0
+    unknown = experiment.env.instances != "fixed"
+    searches = (train.seeds + unknown) * experiment.search_episodes if searching else 0
+    rows = 2 * train.seeds + len(FAMILIES) + 1 + searching * (train.seeds + 2 * unknown)
+    return tuning + searches + rows * train.test_instances
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    estimate = entry["accuracy"]
+    difference = entry.get("controller_minus_this")
+    name = entry["name"] + (f" {entry['setting']}" if entry["setting"] else "")
+    return [
+        name + (" [reference]" if entry["reference"] else ""),
+        f"{estimate['iqm']:.3f}",
+        f"{estimate['low']:.3f} to {estimate['high']:.3f}",
+        f"{entry['mean']:.3f} ± {entry['std_over_instances']:.3f}",
+        f"{entry['retention']:.3f}",
+        f"{entry['diverged']:.0%}",
+        str(entry["cost"]["episodes"]),
+        "" if difference is None else
+        f"{difference['iqm']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
+    ]
+
+
+def comparison_table(summary: dict[str, Any]) -> Table:
+    """The comparison for a terminal, best first."""
+    table = Table(title=_caption(summary), caption=_footnote(summary))
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for entry in _ordered(summary):
+        style = "bold" if entry["name"].startswith("controller") else None
+        cells = _cells(entry)
+        cells[0] = cells[0].replace("[", r"\[")
+        table.add_row(*cells, style=style)
+    return table
+
+
+def results_markdown(summary: dict[str, Any]) -> str:
+    """The same as Markdown."""
+    lines = [_caption(summary), "", "| " + " | ".join(HEADINGS) + " |",
+             "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(_cells(entry)) + " |" for entry in _ordered(summary)]
+    return "\n".join([*lines, "", _footnote(summary), ""])
+
+
+def _ordered(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(summary["rows"], key=lambda entry: -entry["accuracy"]["iqm"])
+
+
+def _caption(summary: dict[str, Any]) -> str:
+    protocol = summary["protocol"]
+    return (f"{len(protocol['instances'])} unseen instances, {protocol['training_seeds']} training "
+            f"seed(s), {protocol['test_images']} test images; reward: {protocol['reward']}")
+
+
+def _footnote(summary: dict[str, Any]) -> str:
+    verdicts: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+    for entry in summary["rows"]:
+        difference = entry.get("controller_minus_this")
+        if difference is None or entry["name"].startswith("controller"):
+            continue
+        key = ("above" if difference["low"] > 0 else "below" if difference["high"] < 0
+               else "not told apart from")
+        verdicts[key].append(entry["name"])
+    parts = [f"{key} {', '.join(names)}" for key, names in verdicts.items() if names]
+    return "The sampled controller is " + "; ".join(parts) + "."

@@ -1,0 +1,145 @@
+"""Episodes, and the worker processes that run them."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from agents.baselines import Controller
+from agents.policy import Policy
+from asg_env.config import EnvSettings
+from asg_env.env import LayerwiseLREnv
+from asg_env.instances import Instance
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Record of one episode of T env steps with G layer groups.
+
+    Attributes:
+        instance: The training problem.
+        observations: float32, shape (T, D): what each action was chosen on.
+        actions: Shape (T, G); empty for hand-made controllers.
+        rewards: float64, shape (T,).
+        multipliers: float64, shape (T, G).
+        progress: Share of inner steps over when each window began, shape (T,).
+        ce: Window means in nats, shape (T,).
+        kl: Window means in nats, shape (T,).
+        accuracy: outer_valid accuracy after each env step, shape (T,); empty if never read.
+        diverged: Whether the training diverged.
+        inner_steps: Inner steps taken.
+        validation_images: Validation images that the episode evaluated, resets included.
+    """
+
+    instance: Instance
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    multipliers: np.ndarray
+    progress: np.ndarray
+    ce: np.ndarray
+    kl: np.ndarray
+    accuracy: np.ndarray
+    diverged: bool
+    inner_steps: int
+    validation_images: int
+
+
+def run_policy(
+    env: LayerwiseLREnv, policy: Policy, instance: Instance, seed: int, deterministic: bool
+) -> Episode:
+    """Run one episode under a policy whose sampled actions follow `seed`."""
+    policy.seed(seed)
+    state: Any = None
+
+    def act(observation: np.ndarray, first: bool) -> tuple[np.ndarray, Any]:
+        nonlocal state
+        action, state = policy.predict(
+            observation, state, np.array([first]), deterministic=deterministic)
+        return action, env.step(action)
+
+    return _run(env, instance, act)
+
+
+def run_controller(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> Episode:
+    """Run one episode under a hand-made controller, at exact multipliers."""
+    controller.begin(instance, len(env.trainer.layer_groups))
+
+    def act(observation: np.ndarray, first: bool) -> tuple[np.ndarray, Any]:
+        progress = env.trainer.inner_step / env.trainer.settings.total_steps
+        return np.empty(0), env.step_multipliers(
+            controller.multipliers(progress, None if first else env.telemetry))
+
+    return _run(env, instance, act)
+
+
+def _run(
+    env: LayerwiseLREnv,
+    instance: Instance,
+    act: Callable[[np.ndarray, bool], tuple[np.ndarray, Any]],
+) -> Episode:
+    observation, info = env.reset(options={"instance": instance})
+    rows: list[tuple[Any, ...]] = []
+    terminated = False
+    while not terminated:
+        progress = env.trainer.inner_step / env.trainer.settings.total_steps
+        action, (following, reward, terminated, _, info) = act(observation, not rows)
+        rows.append((observation, action, reward, info["lr_multipliers"], progress,
+                     info["loss/ce"], info["loss/kl"], info.get("accuracy/outer_valid")))
+        observation = following
+    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
+    accuracy = columns[7] if rows[0][7] is not None else np.empty(0)
+    images = env.images_per_measurement * (len(rows) + 1 - int(info["diverged"]))
+    return Episode(instance, *columns[:7], accuracy, info["diverged"], info["inner_step"], images)
+
+
+_worker_env: LayerwiseLREnv | None = None
+
+
+def _start_worker(task: str, settings: EnvSettings) -> None:
+    global _worker_env
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
+    torch.set_num_threads(1)
+    _worker_env = LayerwiseLREnv(task, settings)
+
+
+def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    function, arguments = job
+    return function(_worker_env, *arguments)
+
+
+class RolloutPool:
+    """N worker processes, each with its own environment and one torch thread.
+
+    Results come in the order of the jobs and depend on the jobs alone, so they are the same
+    bytes whatever N is.
+    """
+
+    def __init__(self, task: str, settings: EnvSettings, workers: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["agents.rollout"])
+        self._executor = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(task, settings))
+
+    def map(
+        self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
+    ) -> Iterator[Any]:
+        """Yield `function(env, *job)` for every job, in order."""
+        return self._executor.map(_call, ((function, job) for job in jobs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._executor.shutdown(wait=kind is None, cancel_futures=True)

@@ -1,0 +1,119 @@
+"""The strongest hand-free static baseline: a seeded search for one multiplier vector."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agents.baselines import Controller, Static
+from agents.rollout import Episode, RolloutPool, run_controller
+from asg_env.actions import GRIDS, GridName
+from asg_env.core.seeding import numpy_generator
+from asg_env.instances import Instance, InstanceSet, draw_instance
+
+KEPT = 3  # of so many candidates one goes on to the next rung
+FIRST_RUNG = 4  # train instances per candidate in the first rung
+RUNGS = 4
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The vector found and what it cost.
+
+    Attributes:
+        vector: Multipliers, (G,).
+        accuracy: Its mean outer_valid accuracy on the train instances of the last rung.
+        episodes: Training runs spent.
+        inner_steps: Inner steps spent.
+        validation_images: Validation images evaluated.
+    """
+
+    vector: tuple[float, ...]
+    accuracy: float
+    episodes: int
+    inner_steps: int
+    validation_images: int
+
+
+class Scorer:
+    """Mean outer_valid accuracy of controllers on a growing list of train instances.
+
+    Episodes already run are remembered, so going from 4 to 12 instances costs 8.
+    """
+
+    def __init__(self, pool: RolloutPool, instances: Sequence[Instance]) -> None:
+        self._pool, self._instances = pool, instances
+        self._scores: dict[str, list[float]] = {}
+        self.episodes = self.inner_steps = self.validation_images = 0
+
+    def score(self, candidates: dict[str, Controller], instances: int) -> dict[str, float]:
+        """Return each candidate's mean over the first `instances` train instances."""
+        jobs, owners = [], []
+        for name, controller in candidates.items():
+            done = len(self._scores.setdefault(name, []))
+            for instance in self._instances[done:instances]:
+                jobs.append((controller, instance))
+                owners.append(name)
+        for name, episode in zip(owners, self._pool.map(run_controller, jobs), strict=True):
+            self._scores[name].append(_final(episode))
+            self.episodes += 1
+            self.inner_steps += episode.inner_steps
+            self.validation_images += episode.validation_images
+        return {name: float(np.mean(self._scores[name][:instances])) for name in candidates}
+
+
+def train_instances(task: str, instances: InstanceSet, seed: int, count: int) -> list[Instance]:
+    """The train instances on which baselines are searched and tuned."""
+    generator = numpy_generator(seed, "search-instances")
+    return [draw_instance(task, instances, generator) for _ in range(count)]
+
+
+def search_static(
+    scorer: Scorer, grid: GridName, groups: int, budget: int, seed: int,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> SearchResult:
+    """Successive halving over random vectors of grid levels.
+
+    Every rung triples the train instances and keeps a third of the candidates, so each costs
+    about two thirds of the first; the number of candidates follows from the budget.
+
+    Args:
+        scorer: Runs and remembers the episodes.
+        grid: Levels the vectors are made of.
+        groups: G.
+        budget: Training runs that the whole search may cost.
+        seed: Of the random vectors.
+        progress: Called with the episodes spent so far.
+
+    Raises:
+        ValueError: The budget is below the cost of one candidate.
+    """
+    # n candidates cost n * FIRST_RUNG, then in each rung n / KEPT**r * FIRST_RUNG *
+    # (KEPT**r - KEPT**(r-1)) more.
+    per_candidate = FIRST_RUNG * (1 + (RUNGS - 1) * (1 - 1 / KEPT))
+    count = int(budget / per_candidate)
+    if count < 1:
+        raise ValueError(f"a search needs a budget of >= {per_candidate:.0f} episodes, got {budget}")
+    generator = numpy_generator(seed, "static-search")
+    levels = GRIDS[grid]
+    vectors = generator.integers(len(levels), size=(count, groups))
+    alive: dict[str, Controller] = {}
+    for row in vectors.tolist():
+        vector = tuple(levels[i] for i in row)
+        alive[str(vector)] = Static(vector)
+    scores: dict[str, float] = {}
+    for rung in range(RUNGS):
+        scores = scorer.score(alive, FIRST_RUNG * KEPT**rung)
+        progress(scorer.episodes)
+        ranked = sorted(alive, key=lambda name: -scores[name])
+        keep = ranked if rung == RUNGS - 1 else ranked[: max(1, len(ranked) // KEPT)]
+        alive = {name: alive[name] for name in keep}
+    best = next(iter(alive))
+    winner = alive[best]
+    assert isinstance(winner, Static)
+    return SearchResult(winner.vector, scores[best], scorer.episodes, scorer.inner_steps,
+                        scorer.validation_images)
+
+
+def _final(episode: Episode) -> float:
+    return float(episode.accuracy[-1])

@@ -1,0 +1,83 @@
+"""Statistics of the evaluation protocol, in NumPy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An interquartile mean, its percentile interval, and how many units stand behind it."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    instances: int
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half: the lowest and highest quarter are dropped.
+
+    A quarter that is not a whole number of values is rounded down, as in scipy's trimmed mean.
+
+    Args:
+        values: At least one value along `axis`.
+        axis: The axis that is reduced.
+    """
+    ordered = np.sort(values, axis=axis)
+    count = ordered.shape[axis]
+    cut = int(count * 0.25)
+    return np.take(ordered, np.arange(cut, count - cut), axis=axis).mean(axis=axis)
+
+
+def bootstrap_iqm(
+    correct: np.ndarray, generator: np.random.Generator, minus: np.ndarray | None = None
+) -> Estimate:
+    """IQM over (training seeds x instances) with an interval from a hierarchical bootstrap.
+
+    Each resample draws seeds, then instances, then test images, all with replacement. Instances
+    and images are common to all seeds and, for a difference, to both sides, so they are drawn
+    together: differences are paired by instance and image.
+
+    Args:
+        correct: Which test images are classified rightly, bool, shape (S, I, N) for S training
+            seeds, I instances and N images. A diverged run is all False.
+        generator: Source of the resamples.
+        minus: If given, shape (S', I, N): the estimate is of the difference
+            accuracy(correct) - accuracy(minus) per (seed, instance). S' may be 1 or S; with S
+            the seeds are drawn together.
+
+    Returns:
+        Estimate with a percentile interval of `CONFIDENCE`.
+    """
+    seeds, instances, images = correct.shape
+    units = _accuracy(correct, None)
+    if minus is not None:
+        units = units - _accuracy(minus, None)
+    value = float(interquartile_mean(units.reshape(-1)))
+    draws = np.empty(RESAMPLES)
+    block = 100  # resamples at a time: bounds the memory of the weight matrix
+    for start in range(0, RESAMPLES, block):
+        weights = generator.multinomial(images, np.full(images, 1 / images), size=block) / images
+        left = _accuracy(correct, weights)
+        right = _accuracy(minus, weights) if minus is not None else np.zeros((1, instances, 1))
+        for index in range(block):
+            seed_index = generator.integers(seeds, size=seeds)
+            instance_index = generator.integers(instances, size=instances)
+            drawn = left[seed_index][:, instance_index, index]
+            other = right[seed_index if len(right) == seeds else np.zeros(1, dtype=int)]
+            drawn = drawn - other[:, instance_index, min(index, other.shape[2] - 1)]
+            draws[start + index] = interquartile_mean(drawn.reshape(-1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), seeds, instances)
+
+
+def _accuracy(correct: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Mean over images, (S, I); with weights (B, N), weighted means of shape (S, I, B)."""
+    values = correct.astype(np.float32)
+    return values.mean(axis=-1) if weights is None else values @ weights.T.astype(np.float32)

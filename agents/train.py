@@ -1,0 +1,123 @@
+"""Training a controller: from an experiment file to a run folder."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.baselines import Static
+from agents.evaluate import read_metrics
+from agents.experiment import Experiment, RunFolder
+from agents.policy import Policy
+from agents.rollout import RolloutPool, run_controller
+from asg_env.config import ConfigError
+from asg_env.instances import published_test_instances
+from asg_env.tasks import load_task
+
+Progress = Callable[[int, int, dict[str, float]], None]  # (seed index, update, metrics)
+
+
+def train(run: RunFolder, progress: Progress) -> None:
+    """Train every seed of the experiment; finished updates are skipped, so it also resumes.
+
+    After each update the metrics line is flushed, then the checkpoint is renamed into place. A
+    run killed in between repeats that update and writes the same line again.
+
+    Args:
+        run: Where to write.
+        progress: Called after each update.
+
+    Raises:
+        ConfigError: A checkpoint is damaged.
+    """
+    torch.set_num_threads(1)  # bits change with the thread count
+    experiment = run.experiment
+    for index in range(experiment.train.seeds):
+        _train_seed(run, experiment, index, progress)
+
+
+def _train_seed(
+    run: RunFolder, experiment: Experiment, index: int, progress: Progress
+) -> None:
+    folder = run.seed_folder(index)
+    checkpoint = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    learner = experiment.agent_module.Learner(
+        experiment.task, experiment.env, experiment.agent, experiment.seed + index,
+        experiment.train.workers)
+    start = learner.load(checkpoint) if checkpoint.exists() else 0
+    if start >= learner.updates:
+        return
+    metrics = folder / "metrics.jsonl"
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder)[:start]]
+    metrics.write_text("".join(kept), encoding="utf-8")
+    began = time.perf_counter()
+    with (
+        metrics.open("a", encoding="utf-8") as lines,
+        SummaryWriter(str(folder / "tensorboard"), purge_step=start) as board,  # type: ignore[no-untyped-call]
+    ):
+        for update, values in learner.train(start):
+            seconds = time.perf_counter() - began
+            lines.write(json.dumps({"update": update, **values, "seconds": round(seconds, 3)})
+                        + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+            for name, value in values.items():
+                board.add_scalar(name, value, update)  # type: ignore[no-untyped-call]
+            learner.save(checkpoint, update)
+            progress(index, update, values)
+
+
+def load_policies(run: RunFolder) -> list[Policy]:
+    """Policies of a run's last checkpoints, one per training seed.
+
+    Raises:
+        ConfigError: A seed has no checkpoint, or it is damaged.
+    """
+    experiment = run.experiment
+    policies = []
+    for index in range(experiment.train.seeds):
+        path = run.seed_folder(index) / "checkpoints" / experiment.agent_module.CHECKPOINT
+        if not path.exists():
+            raise ConfigError(f"{run.path} has no checkpoint of training seed {index}; "
+                              "finish it with asg train --resume")
+        policies.append(experiment.agent_module.load_policy(path, experiment))
+    return policies
+
+
+def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str, float]:
+    """Time a few real episodes in the workers and scale up.
+
+    Args:
+        experiment: What is going to be run.
+        baseline_episodes: Training runs that tuning, search and the final comparison take.
+
+    Returns:
+        Minutes for `training` and `comparison`, and `seconds_per_episode` of one worker.
+    """
+    groups = len(load_task(experiment.task).layer_groups)
+    workers = experiment.train.workers
+    instance = published_test_instances(experiment.task, "fixed")[0]
+    job = (Static((0.01,) * groups), instance)
+    with RolloutPool(experiment.task, experiment.env, workers) as pool:
+        list(pool.map(run_controller, [job] * workers))  # warm-up
+        began = time.perf_counter()
+        list(pool.map(run_controller, [job] * (2 * workers)))
+        seconds = (time.perf_counter() - began) / 2
+    training = experiment.agent.episodes * experiment.train.seeds
+    return {
+        "training": training * seconds / workers / 60,
+        "comparison": baseline_episodes * seconds / workers / 60,
+        "seconds_per_episode": seconds,
+    }
+
+
+def learning_curves(run: RunFolder) -> list[list[dict[str, Any]]]:
+    """Metrics of every training seed."""
+    return [
+        read_metrics(Path(run.seed_folder(index))) for index in range(run.experiment.train.seeds)]

@@ -1,0 +1,278 @@
+"""Typed settings, and the only place that reads YAML."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from asg_env.actions import GRIDS, ActionName, GridName
+from asg_env.core.objectives import GUIDANCE_TERMS
+from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
+from asg_env.core.trainer import TrainerSettings
+from asg_env.instances import InstanceSet, InstanceSplit
+from asg_env.observations import ObservationName
+from asg_env.rewards import DEFAULT_REWARD, REWARD_TERMS
+from asg_env.windows import WindowMode, constant_windows, growing_windows
+
+DEFAULT_KL_WEIGHT = 0.1  # the original's, for VisDA-17
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; its message is one sentence for the person who typed it."""
+
+
+class Settings(BaseModel):
+    """Base of every settings model: unknown keys, coercion and non-finite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _named_weights(value: Any, known: tuple[str, ...], what: str) -> Any:
+    """Accept a name or a mapping of names to finite weights."""
+    if isinstance(value, str):
+        value = {value: 1.0}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a name or a mapping of names to weights, got {value!r}")
+    for name, weight in value.items():
+        if name not in known:
+            raise ValueError(f"must name a {what} of {', '.join(known)}, got '{name}'")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"must map '{name}' to a number, got {weight!r}")
+        if not math.isfinite(weight):
+            raise ValueError(f"must map '{name}' to a finite number, got {weight}")
+    return {name: float(weight) for name, weight in value.items()}
+
+
+def _reward(value: Any) -> Any:
+    weights = _named_weights(value, tuple(REWARD_TERMS), "reward term")
+    if not weights:
+        raise ValueError("must hold at least one reward term, got none")
+    return weights
+
+
+def _guidance(value: Any) -> Any:
+    weights = _named_weights(value, GUIDANCE_TERMS, "guidance term")
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ValueError(f"must map '{name}' to a weight >= 0, got {weight}")
+    return weights
+
+
+def _inner_steps(value: Any) -> Any:
+    if value in ("asg-as-coded", "asg-intended"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"must be an integer >= 1, 'asg-as-coded' or 'asg-intended', got {value!r}")
+    return value
+
+
+class EnvSettings(Settings):
+    """Keyword arguments of `gym.make`: one vocabulary for Python, YAML and `--set`.
+
+    Rates are per inner step; multipliers and weights are dimensionless. The table in
+    docs/environment.md lists each with its default.
+    """
+
+    instances: InstanceSet = "fixed"
+    split: InstanceSplit = "train"
+    horizon: Annotated[int, Field(ge=1)] | None = None  # [env steps], 15 unless derived
+    inner_steps: Annotated[int | WindowMode, BeforeValidator(_inner_steps)] = 10
+    steps_per_epoch: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    action: ActionName = "relative"
+    grid: GridName = "log"
+    start_multiplier: Annotated[float, Field(ge=0, le=1)] = 0.01
+    observation: ObservationName = "scaled"
+    reward: Annotated[dict[str, float], BeforeValidator(_reward)] = {DEFAULT_REWARD: 1.0}
+    outer_valid_size: Annotated[int, Field(ge=1)] = 500  # [images]
+    guidance: Annotated[dict[str, float], BeforeValidator(_guidance)] | None = None
+    kl_weight: Annotated[float, Field(ge=0)] | None = None
+    optimizer: OptimizerName = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # 0.9 with sgd
+    momentum_form: MomentumForm = "pytorch"
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    lr_factor: LRFactor = "constant"
+    batch_size: Annotated[int, Field(ge=1)] = 32  # [images]
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "EnvSettings":
+        grown = isinstance(self.inner_steps, str)
+        for name in ("steps_per_epoch", "epochs"):
+            if grown and getattr(self, name) is None:
+                raise ValueError(f"`{name}` must be given with inner_steps={self.inner_steps}")
+            if not grown and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` is used by growing windows only, got inner_steps="
+                    f"{self.inner_steps}; leave it out")
+        if grown and self.horizon is not None:
+            raise ValueError(
+                f"`horizon` follows from steps_per_epoch and epochs with inner_steps="
+                f"{self.inner_steps}, got {self.horizon}; leave it out")
+        if self.guidance is not None and self.kl_weight is not None:
+            raise ValueError("`kl_weight` is short for guidance={'kl': x}, got both; give one")
+        if self.optimizer != "sgd" and self.momentum_form != "pytorch":
+            raise ValueError(
+                f"`momentum_form` must be pytorch with optimizer {self.optimizer}, got "
+                f"{self.momentum_form}; scaled velocity is a form of SGD")
+        if self.optimizer != "sgd" and self.momentum is not None:
+            raise ValueError(
+                f"`momentum` is used by sgd only, got optimizer {self.optimizer}; leave it out")
+        if self.action == "relative" and self.start_multiplier not in GRIDS[self.grid]:
+            raise ValueError(
+                f"`start_multiplier` must be a level of the {self.grid} grid "
+                f"{list(GRIDS[self.grid])} with relative actions, got {self.start_multiplier}")
+        return self
+
+    def windows(self) -> tuple[int, ...]:
+        """Inner steps of each env step."""
+        if isinstance(self.inner_steps, str):
+            assert self.steps_per_epoch is not None and self.epochs is not None
+            return growing_windows(self.inner_steps, self.steps_per_epoch, self.epochs)
+        return constant_windows(self.inner_steps, self.horizon or 15)
+
+    def guidance_weights(self) -> dict[str, float]:
+        """Guidance terms to weights."""
+        if self.guidance is not None:
+            return self.guidance
+        return {"kl": DEFAULT_KL_WEIGHT if self.kl_weight is None else self.kl_weight}
+
+    def trainer_settings(self) -> TrainerSettings:
+        """The part that the inner trainer uses."""
+        return TrainerSettings(
+            base_lr=self.base_lr,
+            total_steps=sum(self.windows()),
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            momentum=0.9 if self.momentum is None else self.momentum,
+            momentum_form=self.momentum_form,
+            weight_decay=self.weight_decay,
+            lr_factor=self.lr_factor,
+        )
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
+    """Build a settings model, or say in one sentence what is wrong.
+
+    Args:
+        model: The settings class.
+        values: Field values, untrusted.
+        where: Prefix of field names in messages, such as `env`.
+
+    Raises:
+        ConfigError: The first problem, with field, value, bound and fix.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, model, where)) from None
+    except TypeError as error:  # a key that is not a string
+        raise ConfigError(f"`{where}` must have text keys, got {list(values)}: {error}") from None
+
+
+def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
+    path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    field = ".".join([where, *path[:1]] if where else path[:1]) or where
+    got = repr(problem["input"])
+    context = problem.get("ctx", {})
+    fix = f"; set {field} to such a value"
+    match problem["type"]:
+        case "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            return f"`{field}` is unknown; known keys are {known}"
+        case "missing":
+            return f"`{field}` is missing; add it"
+        case "value_error":
+            message = str(context["error"])
+            prefix = f"`{field}` " if path else ""
+            return prefix + message + (fix if path else "")
+        case "greater_than_equal":
+            return f"`{field}` must be >= {context['ge']}, got {got}{fix}"
+        case "greater_than":
+            return f"`{field}` must be > {context['gt']}, got {got}{fix}"
+        case "less_than_equal":
+            return f"`{field}` must be <= {context['le']}, got {got}{fix}"
+        case "less_than":
+            return f"`{field}` must be < {context['lt']}, got {got}{fix}"
+        case "literal_error":
+            return f"`{field}` must be one of {context['expected']}, got {got}{fix}"
+        case "finite_number":
+            return f"`{field}` must be a finite number, got {got}{fix}"
+    expected = {"int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
+                "bool_type": "true or false", "string_type": "text", "dict_type": "a mapping",
+                "model_type": "a mapping"}
+    wanted = expected.get(problem["type"], problem["msg"].lower())
+    return f"`{field}` must be {wanted}, got {got}{fix}"
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2 floats (`1e-3`) and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"`{key}` is repeated in line {line}; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML text with the safe loader; `1e-3` is a number, repeated keys are refused.
+
+    Raises:
+        ConfigError: The text is not YAML, or a key is repeated.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ConfigError(
+            f"the text is not YAML{line} ({getattr(error, 'problem', error)}); mend it") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, not YAML or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a YAML file") from None
+    try:
+        values = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    return values

@@ -1,0 +1,1 @@
+"""Inner training in plain PyTorch: no gymnasium, no YAML, no files."""

@@ -1,0 +1,105 @@
+"""Layer groups: which parameters share one learning-rate multiplier, and how it is applied."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+# Ordered from input to head: group name -> regular expression, matched at the start of a
+# parameter's name (`re.match`).
+GroupPatterns = Mapping[str, str]
+
+
+def split_parameters(
+    model: nn.Module, patterns: GroupPatterns
+) -> dict[str, list[nn.Parameter]]:
+    """Assign every trainable parameter of `model` to exactly one layer group.
+
+    Parameters with `requires_grad=False` are passed over.
+
+    Args:
+        model: The optimizee.
+        patterns: Group name to regular expression, input to head.
+
+    Returns:
+        Group name to its parameters, in the order of `patterns` and `named_parameters()`.
+
+    Raises:
+        ValueError: A parameter matches no group or several, or a group matches none.
+    """
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in patterns}
+    unmatched, ambiguous = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owners = [group for group, pattern in patterns.items() if re.match(pattern, name)]
+        if not owners:
+            unmatched.append(name)
+        elif len(owners) > 1:
+            ambiguous.append(f"{name} ({', '.join(owners)})")
+        else:
+            groups[owners[0]].append(parameter)
+    if unmatched:
+        raise ValueError(
+            f"trainable parameters match no layer group of {list(patterns)}: "
+            f"{', '.join(unmatched)}; add a pattern or freeze them"
+        )
+    if ambiguous:
+        raise ValueError(
+            f"parameters match several layer groups: {', '.join(ambiguous)}; "
+            "make the patterns disjoint"
+        )
+    empty = [name for name, parameters in groups.items() if not parameters]
+    if empty:
+        raise ValueError(
+            f"layer groups {empty} match no trainable parameter of the model; "
+            "use the groups of this model"
+        )
+    return groups
+
+
+def build_param_groups(
+    model: nn.Module, patterns: GroupPatterns, base_lr: float
+) -> list[dict[str, object]]:
+    """Return PyTorch parameter groups, one per layer group, each at the base rate.
+
+    Raises:
+        ValueError: As `split_parameters`, or `base_lr` is not a positive finite number.
+    """
+    if not (math.isfinite(base_lr) and base_lr > 0):
+        raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
+    return [
+        {"params": parameters, "lr": base_lr, "initial_lr": base_lr, "name": name}
+        for name, parameters in split_parameters(model, patterns).items()
+    ]
+
+
+def effective_lrs(base_lr: float, multipliers: Sequence[float], factor: float = 1.0) -> list[float]:
+    """Scale the base learning rate per layer group: lr_g = base_lr * m_g * factor.
+
+    Source: ASG, the action of the L2O policy (docs/original.md, section 2). Python floats, so
+    that a replay of the same multipliers gives the same bits.
+
+    Args:
+        base_lr: Learning rate per inner step; > 0.
+        multipliers: m, dimensionless, G of them, input to head.
+        factor: Warm-up or decay common to all groups, dimensionless.
+
+    Returns:
+        G learning rates.
+
+    Raises:
+        ValueError: A multiplier is negative or not finite.
+    """
+    for multiplier in multipliers:
+        if not (math.isfinite(multiplier) and multiplier >= 0):
+            raise ValueError(f"multipliers must be finite and >= 0, got {multiplier}")
+    return [base_lr * multiplier * factor for multiplier in multipliers]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Write one learning rate into each parameter group; nothing else here writes `lr`."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,94 @@
+"""What a window of inner steps reports, gathered with one host synchronisation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Report of one window of K inner steps; may hold non-finite numbers when `diverged`.
+
+    Attributes:
+        ce: Cross-entropy of the new head, mean over the window's steps, nats.
+        kl: KL(teacher || student), unweighted, mean over the window's steps, nats.
+        objective: CE plus weighted guidance, mean over the window's steps.
+        head_mean: Mean of the head's last weight matrix, averaged over the steps.
+        head_std: Its standard deviation (unbiased), averaged over the steps.
+        grad_norms: L2 norm of the last step's gradient per layer group, (G,).
+        drifts: Relative L2 distance ||w - w0|| / ||w0|| from the start of training, (G,). For
+            the head, w0 is its initial draw.
+        update_ratios: ||w_end - w_start|| / ||w_end|| over the window, (G,).
+        diverged: A loss, gradient norm or weight was not finite.
+        cause: Which one, in words; "" if none.
+    """
+
+    ce: float
+    kl: float
+    objective: float
+    head_mean: float
+    head_std: float
+    grad_norms: tuple[float, ...]
+    drifts: tuple[float, ...]
+    update_ratios: tuple[float, ...]
+    diverged: bool
+    cause: str
+
+
+def group_norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """L2 norm over all tensors of each group, shape (G,), without a host sync."""
+    flat = [tensor for group in tensors for tensor in group]
+    norms = torch._foreach_norm(flat)
+    parts = torch.stack(norms).split([len(group) for group in tensors])
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts])
+
+
+def summarise_window(
+    steps: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    gradients: Sequence[Sequence[Tensor]],
+    initial: Sequence[Sequence[Tensor]],
+    previous: Sequence[Sequence[Tensor]],
+) -> Telemetry:
+    """Reduce a window to its report; the `.tolist()` below is the window's one host sync.
+
+    Args:
+        steps: Per inner step the vector (ce, kl, objective, head mean, head std).
+        weights: Parameters after the window, per layer group.
+        gradients: Gradients of the last inner step, per layer group.
+        initial: Parameters at the start of training, per layer group.
+        previous: Parameters at the start of the window, per layer group.
+    """
+
+    def distances(reference: Sequence[Sequence[Tensor]]) -> Tensor:
+        differences = [
+            torch._foreach_sub(list(now), list(then))
+            for now, then in zip(weights, reference, strict=True)
+        ]
+        return group_norms(differences)
+
+    norms = group_norms(weights)
+    report = torch.cat([
+        torch.stack(list(steps)).mean(dim=0),
+        group_norms(gradients),
+        distances(initial) / group_norms(initial).clamp_min(1e-12),
+        distances(previous) / norms.clamp_min(1e-12),
+        norms,
+    ]).tolist()
+    ce, kl, objective, head_mean, head_std = report[:5]
+    count = len(weights)
+    grad_norms, drifts, ratios, weight_norms = (
+        tuple(report[5 + count * i : 5 + count * (i + 1)]) for i in range(4)
+    )
+    cause = ""
+    if not all(map(math.isfinite, (ce, kl, objective))):
+        cause = "a training loss is not finite"
+    elif not all(map(math.isfinite, grad_norms)):
+        cause = "a gradient norm is not finite"
+    elif not all(map(math.isfinite, (*weight_norms, *drifts, *ratios))):
+        cause = "a weight is not finite"
+    return Telemetry(ce, kl, objective, head_mean, head_std, grad_norms, drifts, ratios,
+                     bool(cause), cause)

@@ -1,0 +1,308 @@
+"""The environment: one env step trains the optimizee for a window at the agent's multipliers."""
+
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+
+from asg_env.actions import ACTIONS
+from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.core.layer_groups import effective_lrs
+from asg_env.core.optimizers import lr_factor
+from asg_env.core.telemetry import Telemetry
+from asg_env.core.trainer import Trainer
+from asg_env.instances import Instance, draw_instance, published_test_instances
+from asg_env.observations import Observation
+from asg_env.rendering import EpisodeHistory, render_ansi, render_rgb_array
+from asg_env.rewards import LOSS_BOUND, Measurements, Reward, bounded_loss
+from asg_env.tasks import load_task
+
+RESET_BATCHES = 4  # training batches that the first observation looks at
+
+
+class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
+    """Train a network on synthetic images; choose each layer group's learning rate.
+
+    ## Description
+    An episode is one training run of an instance: a network pretrained on real images is
+    trained on labelled synthetic ones and has to work on real ones. Before every window of K
+    inner steps the agent sets one multiplier per layer group; the group then trains at
+    `base_lr * multiplier`. Follows ASG (ICML 2020); docs/original.md says where we differ.
+
+    ## Action Space
+    `grid`: `MultiDiscrete([M] * G)`, a level of the grid per group. `relative` (default):
+    `MultiDiscrete([3] * G)`, one level down, stay, one up. `box`: `Box(-1, 1, (G,))`, the
+    multiplier is 10**(1.5 (a - 1)).
+
+    ## Observation Space
+    A float32 `Box`, clipped; `env.unwrapped.observation_labels` names every index. The encodings
+    `asg`, `scaled` (default) and `extended` are described in `asg_env.observations`.
+
+    ## Rewards
+    A weighted sum of the terms of `asg_env.rewards`. Default `gain`: the gain in accuracy on
+    real validation images (`outer_valid`) since the last env step. Undiscounted, it adds up to
+    final minus initial accuracy. The test split is never read.
+
+    ## Starting State
+    `reset(seed)` draws an instance of the set; `reset(options={"instance": ...})` pins one. The
+    backbone is pretrained, the head fresh, the multipliers stand at `start_multiplier`, and no
+    inner step is taken.
+
+    ## Episode End
+    Terminated at the horizon, which defines the task and which the observation carries as
+    progress, and on divergence (a loss, gradient norm or weight that is not finite): then the
+    accuracy counts as 0, every number stays finite, and `info["cause"]` says what happened.
+    Never truncated by the environment itself.
+
+    ## Arguments
+    `settings`: see `asg_env.config.EnvSettings` and docs/environment.md. `render_mode`: `ansi`
+    or `rgb_array`.
+
+    ## Version History
+    v0: first version.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self, task: str, settings: EnvSettings, render_mode: str | None = None
+    ) -> None:
+        if multiprocessing.parent_process() is not None:
+            # One thread per worker process: bits change with the thread count, and a forked
+            # child's backward pass can hang when its parent used several.
+            torch.set_num_threads(1)
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ConfigError(
+                f"`render_mode` must be one of {self.metadata['render_modes']} or None, got "
+                f"{render_mode!r}; leave it out")
+        self.render_mode = render_mode
+        self.settings = settings
+        self.task_id = task
+        self.trainer = build_trainer(task, settings)
+        groups = self.trainer.layer_groups
+        self._action = ACTIONS[settings.action](settings.grid, len(groups))
+        self._observation = Observation(settings.observation, groups, settings.grid)
+        self._reward = Reward(settings.reward)
+        self._windows = settings.windows()
+        self._measured = tuple(dict.fromkeys(
+            self._reward.splits
+            + (("inner_valid",) if self._observation.needs_inner_valid else ())))
+        self.images_per_measurement = sum(
+            len(self.trainer.splits[split]) for split in self._measured)
+        self.action_space = self._action.space
+        self.observation_space = self._observation.space
+        self.observation_labels = self._observation.labels
+        self.instance: Instance | None = None
+        self._running = False
+
+    @property
+    def horizon(self) -> int:
+        """Env steps of an episode that does not diverge."""
+        return len(self._windows)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; `options={"instance": Instance or its dict}` pins the instance.
+
+        Raises:
+            ValueError: An option is unknown, or the instance is not of this task.
+        """
+        super().reset(seed=seed)
+        self.instance = self._choose_instance(dict(options or {}))
+        self.trainer.reset(
+            self.instance.head_seed, self.instance.data_seed, self.instance.base_lr_scale)
+        self._step_index = 0
+        self._multipliers: tuple[float, ...] = (
+            self.settings.start_multiplier,) * len(self.trainer.layer_groups)
+        self._running = True
+        batches = min(RESET_BATCHES, self._windows[0])
+        self._telemetry = self.trainer.initial_report(batches)
+        self._previous_ce = self._telemetry.ce
+        self._measurements = self._measure()
+        self.history = EpisodeHistory(self.trainer.layer_groups, self.horizon)
+        info = self._info({name: 0.0 for name in self._reward.weights})
+        return self._encode(), info
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Decode the action and train for one window.
+
+        Raises:
+            gymnasium.error.ResetNeeded: The episode is over or was never started.
+            ValueError: The action is not in the action space.
+        """
+        if not self._running:
+            raise ResetNeeded("the episode is over or was never started; call env.reset() first")
+        if not self.action_space.contains(np.asarray(action, dtype=self.action_space.dtype)):
+            raise ValueError(f"action must lie in {self.action_space}, got {action!r}")
+        return self.step_multipliers(self._action.decode(action, self._multipliers))
+
+    def step_multipliers(
+        self, multipliers: Sequence[float]
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Train for one window at exact multipliers, whatever the action encoding.
+
+        Hand-made controllers use it; agents use `step`.
+
+        Args:
+            multipliers: Dimensionless, >= 0, shape (G,), input to head.
+        """
+        if not self._running:
+            raise ResetNeeded("the episode is over or was never started; call env.reset() first")
+        self._multipliers = tuple(float(m) for m in multipliers)
+        self._previous_ce = self._telemetry.ce
+        before = self._measurements
+        self._telemetry = self.trainer.run(self._windows[self._step_index], self._multipliers)
+        self._measurements = self._measure()
+        self._step_index += 1
+        terminated = self._step_index == self.horizon or self._telemetry.diverged
+        self._running = not terminated
+        terms = self._reward.terms(self._measurements, before, last=terminated)
+        info = self._info(terms)
+        self.history.append(info)
+        return self._encode(), self._reward.total(terms), terminated, False, info
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The last window's report, for controllers that may read it."""
+        return self._telemetry
+
+    @property
+    def multipliers(self) -> tuple[float, ...]:
+        """Where each layer group stands."""
+        return self._multipliers
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the whole state of the episode; `restore` replays from it exactly."""
+        if self.instance is None:
+            raise ResetNeeded("nothing to snapshot before the first env.reset()")
+        return {
+            "trainer": self.trainer.snapshot(),
+            "instance": self.instance,
+            "step_index": self._step_index,
+            "multipliers": self._multipliers,
+            "telemetry": self._telemetry,
+            "previous_ce": self._previous_ce,
+            "measurements": self._measurements,
+            "history": self.history.copy(),
+            "running": self._running,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a snapshot of this environment."""
+        self.trainer.restore(snapshot["trainer"])
+        self.instance = snapshot["instance"]
+        self._step_index = snapshot["step_index"]
+        self._multipliers = snapshot["multipliers"]
+        self._telemetry = snapshot["telemetry"]
+        self._previous_ce = snapshot["previous_ce"]
+        self._measurements = snapshot["measurements"]
+        self.history = snapshot["history"].copy()
+        self._running = snapshot["running"]
+
+    def render(self) -> str | np.ndarray | None:  # type: ignore[override]
+        """Draw the episode so far: multipliers as a heat map, losses and accuracy beside it."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode; pass it to gym.make")
+            return None
+        if self.instance is None:
+            raise ResetNeeded("nothing to render before the first env.reset()")
+        if self.render_mode == "ansi":
+            return render_ansi(self.history)
+        return render_rgb_array(self.history)
+
+    def _choose_instance(self, options: dict[str, Any]) -> Instance:
+        pinned = options.pop("instance", None)
+        if options:
+            raise ValueError(f"reset options must be among 'instance', got {sorted(options)}")
+        if pinned is None:
+            if self.settings.split == "train":
+                return draw_instance(self.task_id, self.settings.instances, self.np_random)
+            listed = published_test_instances(self.task_id, self.settings.instances)
+            return listed[int(self.np_random.integers(len(listed)))]
+        instance = pinned if isinstance(pinned, Instance) else Instance.from_dict(pinned)
+        if instance.task != self.task_id:
+            raise ValueError(f"instance `task` must be {self.task_id}, got {instance.task}")
+        return instance
+
+    def _measure(self) -> Measurements:
+        accuracy, loss, agreement = {}, {}, None
+        for split in self._measured:
+            if self._telemetry.diverged:
+                accuracy[split], loss[split], agreed = 0.0, LOSS_BOUND, 0.0
+            else:
+                result = self.trainer.evaluate(split)
+                accuracy[split], loss[split], agreed = (
+                    result.accuracy, result.loss, result.agreement)
+            if split == "old_task":
+                agreement = agreed
+        return Measurements(accuracy, loss, agreement, self._telemetry.objective)
+
+    def _progress(self) -> float:
+        return self.trainer.inner_step / sum(self._windows)
+
+    def _encode(self) -> np.ndarray:
+        return self._observation.encode(
+            self._telemetry, self._previous_ce, self._progress(), self._multipliers,
+            self._measurements.loss.get("inner_valid", 0.0))
+
+    def _info(self, terms: dict[str, float]) -> dict[str, Any]:
+        last = max(0, self.trainer.inner_step - 1)
+        factor = lr_factor(self.settings.lr_factor, last, sum(self._windows))
+        info: dict[str, Any] = {
+            "layer_groups": self.trainer.layer_groups,
+            "lr_multipliers": np.asarray(self._multipliers),
+            "effective_lrs": np.asarray(
+                effective_lrs(self.settings.base_lr, self._multipliers, factor)),
+            "inner_step": self.trainer.inner_step,
+            "loss/ce": bounded_loss(self._telemetry.ce),
+            "loss/kl": bounded_loss(self._telemetry.kl),
+            "diverged": self._telemetry.diverged,
+            "cause": self._telemetry.cause,
+        }
+        info |= {f"reward/{name}": value for name, value in terms.items()}
+        if "outer_valid" in self._measurements.accuracy:
+            info["accuracy/outer_valid"] = self._measurements.accuracy["outer_valid"]
+        return info
+
+
+def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
+    """Load a task and put the inner trainer around it.
+
+    Raises:
+        ConfigError: A setting does not fit the task or the machine.
+    """
+    task = load_task(task_id)
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"`device` must be a torch device of this machine, got {settings.device!r} "
+            f"({reason}); use cpu") from None
+    splits = dict(task.splits)
+    outer_valid = splits["outer_valid"]
+    if settings.outer_valid_size > len(outer_valid):
+        raise ConfigError(
+            f"`outer_valid_size` must be <= {len(outer_valid)} for {task_id}, got "
+            f"{settings.outer_valid_size}; lower it")
+    splits["outer_valid"] = outer_valid.head(settings.outer_valid_size)
+    return Trainer(
+        task.optimizee, task.layer_groups, splits, settings.trainer_settings(),
+        settings.guidance_weights(), device)
+
+
+def make_env(
+    task: str, render_mode: str | None = None, **settings: Any
+) -> LayerwiseLREnv:
+    """Entry point of `gym.make`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of bounds.
+    """
+    return LayerwiseLREnv(task, validate(EnvSettings, settings, ""), render_mode)

@@ -1,0 +1,102 @@
+"""Observations: what an agent sees of a window, as a bounded float32 vector with labels."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from gymnasium import spaces
+
+from asg_env.actions import GridName, grid_positions
+from asg_env.core.telemetry import Telemetry
+
+ObservationName = Literal["asg", "scaled", "extended"]
+
+SCALED_BOUND = 2.0  # of every entry of `scaled` and `extended`
+LOSS_BOUND = 20.0  # nats, of CE and KL in `asg`
+WEIGHT_BOUND = 10.0  # of the head's weight statistics in `asg`
+
+
+class Observation:
+    """One of the three encodings, for given layer groups.
+
+    `asg`: CE, KL (both window means, nats), progress, mean and standard deviation of the head's
+    last weight, then the multipliers used: the original's 12 numbers at 7 groups
+    (docs/original.md, section 2).
+
+    `scaled`: log CE, its change since the last window, log KL, progress, and each group's
+    position on the grid, all about [-1, 1].
+
+    `extended`: `scaled`, then the log of the inner_valid loss, and per group the log of gradient
+    norm, of drift from the pretrained weights and of update-to-weight ratio.
+    """
+
+    def __init__(self, name: ObservationName, layer_groups: Sequence[str], grid: GridName) -> None:
+        self.name = name
+        self._grid: GridName = grid
+        self.needs_inner_valid = name == "extended"
+        per_group = {
+            "asg": ("multiplier",),
+            "scaled": ("position",),
+            "extended": ("position", "log_grad_norm", "log_drift", "log_update_ratio"),
+        }[name]
+        shared = {
+            "asg": ("ce", "kl", "progress", "head_mean", "head_std"),
+            "scaled": ("log_ce", "log_ce_change", "log_kl", "progress"),
+            "extended": ("log_ce", "log_ce_change", "log_kl", "progress", "log_inner_valid_loss"),
+        }[name]
+        self.labels = shared + tuple(
+            f"{quantity}/{group}" for quantity in per_group for group in layer_groups
+        )
+        if name == "asg":
+            ones = np.ones(len(layer_groups))
+            low = np.concatenate([[0, 0, 0, -WEIGHT_BOUND, 0], 0 * ones])
+            high = np.concatenate([[LOSS_BOUND, LOSS_BOUND, 1, WEIGHT_BOUND, WEIGHT_BOUND], ones])
+        else:
+            high = np.full(len(self.labels), SCALED_BOUND)
+            low = -high
+        self.space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+
+    def encode(
+        self,
+        telemetry: Telemetry,
+        previous_ce: float,
+        progress: float,
+        multipliers: Sequence[float],
+        inner_valid_loss: float,
+    ) -> np.ndarray:
+        """Return the observation, clipped to its space; non-finite entries become a bound.
+
+        Args:
+            telemetry: Report of the window just run.
+            previous_ce: CE of the window before it, nats.
+            progress: Share of the inner steps that is over.
+            multipliers: Nominal multipliers used in the window, (G,).
+            inner_valid_loss: CE on inner_valid, nats; read by `extended` alone.
+        """
+        if self.name == "asg":
+            values = np.concatenate([
+                [telemetry.ce, telemetry.kl, progress, telemetry.head_mean, telemetry.head_std],
+                multipliers,
+            ])
+        else:
+            log_ce = _scaled_log(telemetry.ce, 1e-3, 4)
+            parts = [
+                [log_ce, 4 * (log_ce - _scaled_log(previous_ce, 1e-3, 4)),
+                 _scaled_log(telemetry.kl, 1e-4, 5), progress],
+                grid_positions(multipliers, self._grid),
+            ]
+            if self.name == "extended":
+                parts.insert(1, [_scaled_log(inner_valid_loss, 1e-3, 4)])
+                parts += [
+                    _scaled_log(telemetry.grad_norms, 1e-3, 4),
+                    1 + _scaled_log(telemetry.drifts, 1e-4, 5),
+                    1 + _scaled_log(telemetry.update_ratios, 1e-4, 5),
+                ]
+            values = np.concatenate(parts)
+        values = np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        return np.clip(values, self.space.low, self.space.high).astype(np.float32)
+
+
+def _scaled_log(value: float | Sequence[float], offset: float, scale: float) -> np.ndarray:
+    """Natural log of a non-negative quantity, kept finite at 0, divided to about [-1, 1]."""
+    return np.log(np.asarray(value, dtype=np.float64) + offset) / scale

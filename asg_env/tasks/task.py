@@ -1,0 +1,33 @@
+"""What a task hands to the environment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from asg_env.core.data import Split
+from asg_env.core.layer_groups import GroupPatterns
+from asg_env.core.optimizee import Optimizee
+
+
+@dataclass(frozen=True)
+class Task:
+    """A synthetic-to-real problem, loaded.
+
+    Attributes:
+        id: Environment id, such as `ASG/Digits-v0`.
+        summary: One line for people.
+        optimizee: Pretrained network; its head is drawn afresh by each instance.
+        layer_groups: Group name to parameter pattern, input to head.
+        splits: `train` and `inner_valid` (synthetic), `outer_valid` and `test` (real), and
+            `old_task` where held-out images of the pretraining task exist.
+        digest: SHA-256 of the images.
+        reference_digest: That of the images which the teacher and the docs' figures were made
+            with; another one means another version of a drawing library.
+    """
+
+    id: str
+    summary: str
+    optimizee: Optimizee
+    layer_groups: GroupPatterns
+    splits: Mapping[str, Split]
+    digest: str
+    reference_digest: str
