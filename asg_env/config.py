@@ -103,7 +103,7 @@ class EnvSettings(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # 0.9 with sgd
     momentum_form: MomentumForm = "pytorch"
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    base_lr: Annotated[float, Field(gt=0)] = 0.3
     lr_factor: LRFactor = "constant"
     batch_size: Annotated[int, Field(ge=1)] = 32  # [images]
     device: str = "cpu"
