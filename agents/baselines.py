@@ -164,9 +164,11 @@ FAMILIES: dict[str, Callable[[int], dict[str, Controller]]] = {
     "small-backbone": lambda groups: {f"{m:g}": small_backbone(m, groups) for m in LEVELS},
     "frozen-backbone": lambda groups: {f"{m:g}": frozen_backbone(m, groups) for m in LEVELS},
     "layer-decay": lambda groups: {
-        f"{m:g} x {d}^k": layer_decay(m, d, groups) for m in LEVELS for d in (0.3, 0.65)},
+        f"{m:g} x {d}^k": layer_decay(m, d, groups) for m in LEVELS for d in (0.3, 0.65)
+    },
     "cosine": lambda groups: {f"{m:g}": Cosine(m) for m in LEVELS},
     "plateau": lambda groups: {f"{m:g}": ReduceOnPlateau(m) for m in LEVELS},
     "back-off": lambda groups: {
-        f"{m:g} / {b:g}": BackOff(m, back=b) for m in (0.003, 0.01) for b in (3.0, 10.0, 30.0)},
+        f"{m:g} / {b:g}": BackOff(m, back=b) for m in (0.003, 0.01) for b in (3.0, 10.0, 30.0)
+    },
 }

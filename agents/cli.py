@@ -38,8 +38,12 @@ from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import TASK_MODULES, load_task
 
 app = typer.Typer(
-    rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
-    no_args_is_help=True, help="Learn layer-wise learning rates for synthetic-to-real training.")
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Learn layer-wise learning rates for synthetic-to-real training.",
+)
 console = Console()
 
 RunPath = Annotated[Path, typer.Argument(help="Run folder: the --out of an `asg train`.")]
@@ -52,29 +56,34 @@ def train_command(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop after the estimate.")] = False,
+        bool, typer.Option("--overwrite", help="Replace the run in --out.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the estimate.")] = False,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key.key=value, may be repeated.")] = None,
+        list[str] | None, typer.Option("--set", help="key.key=value, may be repeated.")
+    ] = None,
 ) -> None:
     """Train a controller, compare it with the baselines, export its schedule, draw the result."""
     loaded = load_experiment(experiment, settings or ())
-    minutes = estimate_minutes(loaded, episodes_of_comparison(
-        loaded, len(load_task(loaded.task).layer_groups)))
+    minutes = estimate_minutes(
+        loaded, episodes_of_comparison(loaded, len(load_task(loaded.task).layer_groups))
+    )
     console.print(
         f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
         f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
         f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
-        f"training, then {minutes['comparison']:.1f} of comparison")
+        f"training, then {minutes['comparison']:.1f} of comparison"
+    )
     if dry_run:
         return
     run = RunFolder.create(out, loaded, resume, overwrite)
     try:
         _train_with_progress(run)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the last checkpoint stands: go on with\n  asg train "
-                      f"{experiment} --out {out} --resume")
+        console.print(
+            f"interrupted; the last checkpoint stands: go on with\n  asg train "
+            f"{experiment} --out {out} --resume"
+        )
         raise
     _evaluate(run, loaded.train.test_instances, loaded.train.workers)
     _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0)
@@ -84,7 +93,8 @@ def train_command(
 def evaluate_command(
     run: RunPath,
     instances: Annotated[
-        int, typer.Option(min=1, max=40, help="Published test instances to judge on.")] = 40,
+        int, typer.Option(min=1, max=40, help="Published test instances to judge on.")
+    ] = 40,
     workers: Workers = 2,
 ) -> None:
     """Judge a trained controller on unseen instances, beside every baseline."""
@@ -96,7 +106,8 @@ def export_command(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Schedule file to write.")],
     scale: Annotated[
-        float, typer.Option(help="base_lr_scale of the rollouts that are averaged.")] = 1.0,
+        float, typer.Option(help="base_lr_scale of the rollouts that are averaged.")
+    ] = 1.0,
     episodes: Annotated[int, typer.Option(min=1, help="Rollouts.")] = EXPORT_EPISODES,
     training_seed: Annotated[int, typer.Option(min=0, help="Which training seed.")] = 0,
 ) -> None:
@@ -111,11 +122,13 @@ def fit_command(
     schedule: Annotated[Path | None, typer.Option(help="Schedule file.")] = None,
     controller: Annotated[Path | None, typer.Option(help="Run folder of a controller.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="NAME or NAME:CANDIDATE, such as cosine:0.1.")] = None,
+        str | None, typer.Option(help="NAME or NAME:CANDIDATE, such as cosine:0.1.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of head and data order.")] = 0,
     scale: Annotated[float, typer.Option(help="Factor on the base learning rate.")] = 1.0,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Greedy instead of sampled actions.")] = False,
+        bool, typer.Option("--deterministic", help="Greedy instead of sampled actions.")
+    ] = False,
     training_seed: Annotated[int, typer.Option(min=0, help="Which policy of the run.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
 ) -> None:
@@ -123,8 +136,10 @@ def fit_command(
     if sum(x is not None for x in (schedule, controller, baseline)) != 1:
         raise ConfigError("give exactly one of --schedule, --controller and --baseline")
     if controller is None and (deterministic or training_seed):
-        raise ConfigError("--deterministic and --training-seed choose how a policy acts; "
-                          "give --controller, or leave them out")
+        raise ConfigError(
+            "--deterministic and --training-seed choose how a policy acts; "
+            "give --controller, or leave them out"
+        )
     if task not in TASK_MODULES:
         raise ConfigError(f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
@@ -147,7 +162,8 @@ def fit_command(
     if schedule is not None and dict(learned.layer_groups) != dict(trainer.patterns):
         raise ConfigError(
             f"{schedule} is for the groups {list(learned.layer_groups)}, {task} has "
-            f"{list(trainer.layer_groups)}; export one on this task")
+            f"{list(trainer.layer_groups)}; export one on this task"
+        )
     if baseline is not None:
         source = _baseline(baseline, len(trainer.layer_groups))
     elif policy is not None:
@@ -158,15 +174,25 @@ def fit_command(
     seconds = time.perf_counter() - began
     diverged = records[-1]["diverged"]
     correct, retention = test_network(trainer, diverged)
-    _save_fit(out, trainer, {
-        "task": task, "source": str(schedule or controller or f"baseline {baseline}"),
-        "instance": instance.to_dict(), "settings": settings.model_dump(exclude_none=True),
-        "test_accuracy": float(correct.mean()), "retention": retention,
-        "windows": [_finite(record) for record in records]})
+    _save_fit(
+        out,
+        trainer,
+        {
+            "task": task,
+            "source": str(schedule or controller or f"baseline {baseline}"),
+            "instance": instance.to_dict(),
+            "settings": settings.model_dump(exclude_none=True),
+            "test_accuracy": float(correct.mean()),
+            "retention": retention,
+            "windows": [_finite(record) for record in records],
+        },
+    )
     console.print(
         f"trained {records[-1]['inner_step']} inner steps in {seconds:.1f} s: test accuracy "
         f"{correct.mean():.3f}, retention {retention:.3f}"
-        + (", diverged" if diverged else "") + f"\nwritten: {out}/model.safetensors, fit.json")
+        + (", diverged" if diverged else "")
+        + f"\nwritten: {out}/model.safetensors, fit.json"
+    )
 
 
 @app.command("tasks")
@@ -180,7 +206,8 @@ def tasks_command() -> None:
 def info_command(
     task: Annotated[str | None, typer.Option(help="Task id; versions alone if left out.")] = None,
     instances: Annotated[
-        str | None, typer.Option(help="Print the published test instances of this set.")] = None,
+        str | None, typer.Option(help="Print the published test instances of this set.")
+    ] = None,
 ) -> None:
     """Print versions, and a task's groups, splits and digest."""
     from agents.experiment import provenance
@@ -194,12 +221,22 @@ def info_command(
         loaded = load_task(task)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    console.print_json(json.dumps({
-        "id": loaded.id, "summary": loaded.summary, "layer_groups": dict(loaded.layer_groups),
-        "splits": {name: len(split) for name, split in loaded.splits.items()},
-        "parameters": sum(p.numel() for p in loaded.optimizee.parameters() if p.requires_grad),
-        "data_digest": loaded.digest, "reference_digest": loaded.reference_digest,
-        "same_data_as_reference": loaded.digest == loaded.reference_digest}))
+    console.print_json(
+        json.dumps(
+            {
+                "id": loaded.id,
+                "summary": loaded.summary,
+                "layer_groups": dict(loaded.layer_groups),
+                "splits": {name: len(split) for name, split in loaded.splits.items()},
+                "parameters": sum(
+                    p.numel() for p in loaded.optimizee.parameters() if p.requires_grad
+                ),
+                "data_digest": loaded.digest,
+                "reference_digest": loaded.reference_digest,
+                "same_data_as_reference": loaded.digest == loaded.reference_digest,
+            }
+        )
+    )
     if instances is not None:
         if instances not in ("fixed", "unknown-scale"):
             raise ConfigError(f"--instances must be fixed or unknown-scale, got {instances}")
@@ -210,15 +247,23 @@ def info_command(
 def _train_with_progress(run: RunFolder) -> None:
     total = run.experiment.agent.updates * run.experiment.train.seeds
     with Progress(
-        TextColumn("seed {task.fields[seed]}"), BarColumn(), TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        TextColumn("seed {task.fields[seed]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("train", total=total, seed=0, numbers="")
 
         def show(seed: int, update: int, values: dict[str, float]) -> None:
-            numbers = (f"{values['episodes']:.0f} episodes  return {values['return']:+.3f}  "
-                       f"accuracy {values['accuracy']:.3f}  entropy {values['entropy']:.2f}")
+            numbers = (
+                f"{values['episodes']:.0f} episodes  return {values['return']:+.3f}  "
+                f"accuracy {values['accuracy']:.3f}  entropy {values['entropy']:.2f}"
+            )
             done = seed * run.experiment.agent.updates + update + 1
             progress.update(bar, completed=done, seed=seed, numbers=numbers)
             if not console.is_terminal and done % max(1, total // 20) == 0:
@@ -237,7 +282,8 @@ def _evaluate(run: RunFolder, count: int, workers: int) -> None:
         console.status("comparing") as status,
     ):
         evaluation = Evaluation(
-            run, pool, len(groups), lambda name: status.update(f"comparing: {name}"))
+            run, pool, len(groups), lambda name: status.update(f"comparing: {name}")
+        )
         rows: list[Row] = evaluation.rows(policies, RandomPolicy(space), count)
     reward = ", ".join(f"{w:g} x {n}" for n, w in run.experiment.env.reward.items())
     summary = summarise(rows, reward)
@@ -256,8 +302,9 @@ def _export(run: RunFolder, out: Path, scale: float, episodes: int, training_see
     try:
         schedule.save(out)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); "
-                          "choose another --out") from None
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
     table = Table(title=f"mean multipliers at scale {scale:g}, {schedule.episodes} rollouts")
     table.add_column("progress", justify="right")
     for name in schedule.layer_groups:
@@ -277,9 +324,14 @@ def _policy(run: RunFolder, training_seed: int) -> Policy:
 
 def _checked_instance(task: str, seed: int, scale: float) -> Instance:
     try:
-        return Instance.from_dict({
-            "task": task, "head_seed": derive_seed(seed, "fit-head") % 2**31,
-            "data_seed": derive_seed(seed, "fit-data") % 2**31, "base_lr_scale": scale})
+        return Instance.from_dict(
+            {
+                "task": task,
+                "head_seed": derive_seed(seed, "fit-head") % 2**31,
+                "data_seed": derive_seed(seed, "fit-data") % 2**31,
+                "base_lr_scale": scale,
+            }
+        )
     except ValueError:
         raise ConfigError(f"--scale must be a finite number > 0, got {scale}") from None
 
@@ -300,15 +352,18 @@ def _baseline(name: str, groups: int) -> Controller:
         candidate = list(candidates)[len(candidates) // 2]
         console.print(f"{family} has the candidates {', '.join(candidates)}; taking {candidate}")
     if candidate not in candidates:
-        raise ConfigError(f"--baseline {family} has the candidates {', '.join(candidates)}, "
-                          f"got '{candidate}'")
+        raise ConfigError(
+            f"--baseline {family} has the candidates {', '.join(candidates)}, got '{candidate}'"
+        )
     return candidates[candidate]
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: a loss that is not finite is stored as null."""
-    return {k: None if isinstance(v, float) and v != v or v in (float("inf"),) else v
-            for k, v in record.items()}
+    return {
+        k: None if isinstance(v, float) and v != v or v in (float("inf"),) else v
+        for k, v in record.items()
+    }
 
 
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
@@ -324,7 +379,8 @@ def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
         write_text(out / "fit.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out") from None
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
 
 
 def main() -> None:

@@ -58,9 +58,7 @@ def judge_policy(
     return TestResult(episode, *test_network(env.trainer, episode.diverged))
 
 
-def judge_controller(
-    env: LayerwiseLREnv, controller: Controller, instance: Instance
-) -> TestResult:
+def judge_controller(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> TestResult:
     """Run a hand-made controller on an instance and test the network."""
     episode = run_controller(env, controller, instance)
     return TestResult(episode, *test_network(env.trainer, episode.diverged))
@@ -97,7 +95,10 @@ class Evaluation:
     """Runs the protocol for one run folder."""
 
     def __init__(
-        self, run: RunFolder, pool: RolloutPool, groups: int,
+        self,
+        run: RunFolder,
+        pool: RolloutPool,
+        groups: int,
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._run, self._pool, self._groups, self._report = run, pool, groups, report
@@ -125,25 +126,49 @@ class Evaluation:
         return rows
 
     def _policy_row(
-        self, name: str, policies: Sequence[Policy], listed: Sequence[Instance],
-        deterministic: bool, spent: dict[str, int],
+        self,
+        name: str,
+        policies: Sequence[Policy],
+        listed: Sequence[Instance],
+        deterministic: bool,
+        spent: dict[str, int],
     ) -> Row:
         self._report(name)
         jobs = [
             (policy, instance, derive_seed(EVALUATION_SEED, name, seed, index), deterministic)
-            for seed, policy in enumerate(policies) for index, instance in enumerate(listed)]
+            for seed, policy in enumerate(policies)
+            for index, instance in enumerate(listed)
+        ]
         results = list(self._pool.map(judge_policy, jobs))
-        return Row(name, "", _by_seed(results, len(listed)), spent.get("episodes", 0),
-                   spent.get("inner_steps", 0), spent.get("validation_images", 0))
+        return Row(
+            name,
+            "",
+            _by_seed(results, len(listed)),
+            spent.get("episodes", 0),
+            spent.get("inner_steps", 0),
+            spent.get("validation_images", 0),
+        )
 
     def _controller_row(
-        self, name: str, setting: str, controllers: Sequence[Controller],
-        listed: Sequence[Instance], cost: SearchResult | Scorer, reference: bool = False,
+        self,
+        name: str,
+        setting: str,
+        controllers: Sequence[Controller],
+        listed: Sequence[Instance],
+        cost: SearchResult | Scorer,
+        reference: bool = False,
     ) -> Row:
         jobs = [(controller, instance) for controller in controllers for instance in listed]
         results = list(self._pool.map(judge_controller, jobs))
-        return Row(name, setting, _by_seed(results, len(listed)), cost.episodes,
-                   cost.inner_steps, cost.validation_images, reference)
+        return Row(
+            name,
+            setting,
+            _by_seed(results, len(listed)),
+            cost.episodes,
+            cost.inner_steps,
+            cost.validation_images,
+            reference,
+        )
 
     def _tuned_row(
         self, family: str, candidates: dict[str, Controller], listed: Sequence[Instance]
@@ -152,8 +177,11 @@ class Evaluation:
         self._report(family)
         experiment = self._experiment
         tuning = train_instances(
-            experiment.task, experiment.env.instances, derive_seed(EVALUATION_SEED, "tuning"),
-            experiment.train.tuning_instances)
+            experiment.task,
+            experiment.env.instances,
+            derive_seed(EVALUATION_SEED, "tuning"),
+            experiment.train.tuning_instances,
+        )
         scorer = Scorer(self._pool, tuning)
         scores = scorer.score(candidates, len(tuning))
         best = max(scores, key=lambda name: scores[name])
@@ -166,18 +194,31 @@ class Evaluation:
             return []
         found = [
             self._search(experiment.env.instances, index, f"seed-{index}/search.json")
-            for index in range(experiment.train.seeds)]
-        rows = [self._controller_row(
-            "static search", "; ".join(_vector(f.vector) for f in found),
-            [Static(f.vector) for f in found], listed, found[0])]
+            for index in range(experiment.train.seeds)
+        ]
+        rows = [
+            self._controller_row(
+                "static search",
+                "; ".join(_vector(f.vector) for f in found),
+                [Static(f.vector) for f in found],
+                listed,
+                found[0],
+            )
+        ]
         if experiment.env.instances == "fixed":
             return rows
         known = self._search("fixed", 0, "known_scale.json")
         rows += [
             self._controller_row(
-                f"static, scale known ({label})", _vector(known.vector),
-                [KnownScale(known.vector, clip)], listed, known, reference=True)
-            for label, clip in (("clipped", True), ("unclipped", False))]
+                f"static, scale known ({label})",
+                _vector(known.vector),
+                [KnownScale(known.vector, clip)],
+                listed,
+                known,
+                reference=True,
+            )
+            for label, clip in (("clipped", True), ("unclipped", False))
+        ]
         return rows
 
     def _search(self, instances: Any, index: int, file: str) -> SearchResult:
@@ -223,26 +264,33 @@ def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:
         estimate = bootstrap_iqm(correct, numpy_generator(EVALUATION_SEED, "bootstrap", row.name))
         episodes = [r.episode for results in row.results for r in results]
         entry: dict[str, Any] = {
-            "name": row.name, "setting": row.setting, "reference": row.reference,
+            "name": row.name,
+            "setting": row.setting,
+            "reference": row.reference,
             "accuracy": _plain(estimate),
             "mean": float(correct.mean()),
             "std_over_instances": float(correct.mean(axis=-1).std()),
             "retention": float(np.mean([r.retention for rs in row.results for r in rs])),
             "diverged": float(np.mean([e.diverged for e in episodes])),
-            "cost": {"episodes": row.tuning_episodes, "inner_steps": row.tuning_inner_steps,
-                     "validation_images": row.tuning_images},
+            "cost": {
+                "episodes": row.tuning_episodes,
+                "inner_steps": row.tuning_inner_steps,
+                "validation_images": row.tuning_images,
+            },
             "per_instance": correct.mean(axis=-1).round(6).tolist(),
         }
         if row is not rows[0]:
             difference = bootstrap_iqm(
-                primary, numpy_generator(EVALUATION_SEED, "difference", row.name), minus=correct)
+                primary, numpy_generator(EVALUATION_SEED, "difference", row.name), minus=correct
+            )
             entry["controller_minus_this"] = _plain(difference)
         table.append(entry)
     return {
         "protocol": {
-            "primary": PRIMARY, "statistic": "interquartile mean over training seeds x instances",
+            "primary": PRIMARY,
+            "statistic": "interquartile mean over training seeds x instances",
             "interval": "95 % percentile; resamples seeds, instances, test images; differences "
-                        "paired by instance",
+            "paired by instance",
             "instances": [r.episode.instance.to_dict() for r in rows[0].results[0]],
             "training_seeds": len(rows[0].results),
             "test_images": primary.shape[-1],
@@ -261,5 +309,10 @@ def _vector(vector: Sequence[float]) -> str:
 
 
 def _plain(estimate: Estimate) -> dict[str, float]:
-    return {"iqm": estimate.value, "low": estimate.low, "high": estimate.high,
-            "seeds": estimate.seeds, "instances": estimate.instances}
+    return {
+        "iqm": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "seeds": estimate.seeds,
+        "instances": estimate.instances,
+    }

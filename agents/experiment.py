@@ -45,17 +45,20 @@ class Experiment:
         self.task = env.pop("id", None)
         if self.task not in TASK_MODULES:
             raise ConfigError(
-                f"`env.id` must be one of {', '.join(TASK_MODULES)}, got {self.task!r}; set env.id")
+                f"`env.id` must be one of {', '.join(TASK_MODULES)}, got {self.task!r}; set env.id"
+            )
         self.env = validate(EnvSettings, env, "env")
         if self.env.split != "train":
-            raise ConfigError(f"`env.split` must be train to train on, got {self.env.split}; "
-                              "leave it out")
+            raise ConfigError(
+                f"`env.split` must be train to train on, got {self.env.split}; leave it out"
+            )
         agent = _section(values, "agent")
         kind = agent.get("kind")
         if kind not in AGENT_MODULES:
             raise ConfigError(
                 f"`agent.kind` must be one of {', '.join(AGENT_MODULES)}, got {kind!r}; "
-                "set agent.kind")
+                "set agent.kind"
+            )
         self.agent_module = import_module(AGENT_MODULES[kind])
         self.agent = validate(self.agent_module.AgentSettings, agent, "agent")
         self.train = validate(TrainSettings, _section(values, "train"), "train")
@@ -131,8 +134,10 @@ def _config_path(folder: str, name: str) -> Path:
     path = shipped / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-        raise ConfigError(f"{folder} '{name}' is none of the shipped ones ({known}); "
-                          "give one of these or the path of a YAML file")
+        raise ConfigError(
+            f"{folder} '{name}' is none of the shipped ones ({known}); "
+            "give one of these or the path of a YAML file"
+        )
     return path
 
 
@@ -156,8 +161,10 @@ class RunFolder:
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one")
         if config.exists() and not (resume or overwrite):
-            raise ConfigError(f"{path} already holds a run; add --resume to go on with it, "
-                              "--overwrite to start anew, or choose another --out")
+            raise ConfigError(
+                f"{path} already holds a run; add --resume to go on with it, "
+                "--overwrite to start anew, or choose another --out"
+            )
         if resume and not config.exists():
             raise ConfigError(f"{path} holds no run to resume; leave --resume out to start one")
         if not config.exists() and path.is_dir() and any(path.iterdir()):
@@ -165,18 +172,21 @@ class RunFolder:
         if resume:
             stored = cls.open(path).experiment
             if stored.digest() != experiment.digest():
-                raise ConfigError(f"{path} holds a run of other settings; resume it with those, "
-                                  "or choose another --out")
+                raise ConfigError(
+                    f"{path} holds a run of other settings; resume it with those, "
+                    "or choose another --out"
+                )
             return cls(path, experiment)
         try:
-            if config.exists():
+            if config.exists() and (path / "provenance.json").exists():
                 shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
             write_text(config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error.strerror}); "
-                              "choose another --out") from None
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); choose another --out"
+            ) from None
         return cls(path, experiment)
 
     @classmethod
@@ -187,8 +197,10 @@ class RunFolder:
             ConfigError: It is not a run folder.
         """
         if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} is not a run folder (no config.yaml in it); "
-                              "give the --out of an earlier `asg train`")
+            raise ConfigError(
+                f"{path} is not a run folder (no config.yaml in it); "
+                "give the --out of an earlier `asg train`"
+            )
         return cls(path, Experiment(read_yaml(path / "config.yaml")))
 
     def seed_folder(self, index: int) -> Path:
@@ -210,8 +222,16 @@ def write_text(path: Path, text: str) -> None:
 def provenance() -> dict[str, Any]:
     """Versions, commit and threads: what bits depend on."""
     packages = {}
-    for name in ("asg-env", "torch", "gymnasium", "numpy", "stable-baselines3", "mlxtend",
-                 "matplotlib", "pillow"):
+    for name in (
+        "asg-env",
+        "torch",
+        "gymnasium",
+        "numpy",
+        "stable-baselines3",
+        "mlxtend",
+        "matplotlib",
+        "pillow",
+    ):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -230,8 +250,13 @@ def _commit() -> str:
     """Commit of the source tree, or "" outside one."""
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-            text=True, check=True, timeout=10)
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return answer.stdout.strip()

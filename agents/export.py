@@ -16,7 +16,10 @@ EXPORT_EPISODES = 16
 
 
 def export_schedule(
-    run: RunFolder, policy: Policy, pool: RolloutPool, scale: float = 1.0,
+    run: RunFolder,
+    policy: Policy,
+    pool: RolloutPool,
+    scale: float = 1.0,
     episodes: int = EXPORT_EPISODES,
 ) -> LearnedSchedule:
     """Roll the policy out on fresh train instances and average its multipliers.
@@ -43,11 +46,14 @@ def export_schedule(
         instances.append(Instance(experiment.task, head_seed, data_seed, scale))
     jobs = [
         (policy, instance, derive_seed(EXPORT_SEED, "export", index), False)
-        for index, instance in enumerate(instances)]
+        for index, instance in enumerate(instances)
+    ]
     rollouts: list[Episode] = [e for e in pool.map(run_policy, jobs) if not e.diverged]
     if not rollouts:
-        raise ConfigError(f"all {episodes} rollouts at scale {scale} diverged, so there is no "
-                          "schedule to average; choose another --scale")
+        raise ConfigError(
+            f"all {episodes} rollouts at scale {scale} diverged, so there is no "
+            "schedule to average; choose another --scale"
+        )
     stacked = np.stack([episode.multipliers for episode in rollouts])  # (n, T, G)
     return LearnedSchedule(
         layer_groups=dict(load_task(experiment.task).layer_groups),

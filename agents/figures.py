@@ -57,8 +57,13 @@ def _heat_map(
     for row, episode in zip(grid, episodes, strict=True):
         row[: len(episode.multipliers)] = np.log10(np.maximum(episode.multipliers, FLOOR))
     image = axes.imshow(
-        np.nanmean(grid, axis=0).T, aspect="auto", cmap="viridis", vmin=-3, vmax=0,
-        extent=(0, 1, len(layer_groups) - 0.5, -0.5))
+        np.nanmean(grid, axis=0).T,
+        aspect="auto",
+        cmap="viridis",
+        vmin=-3,
+        vmax=0,
+        extent=(0, 1, len(layer_groups) - 0.5, -0.5),
+    )
     axes.set_yticks(range(len(layer_groups)), layer_groups)
     axes.set_xlabel("progress of the training")
     axes.set_title("controller: mean log10 multiplier")

@@ -41,8 +41,7 @@ class LiveController:
         self, policy: Policy, settings: EnvSettings, trainer: Trainer, deterministic: bool
     ) -> None:
         self._policy, self._trainer, self._deterministic = policy, trainer, deterministic
-        self._observation = Observation(
-            settings.observation, trainer.layer_groups, settings.grid)
+        self._observation = Observation(settings.observation, trainer.layer_groups, settings.grid)
         self._action = ACTIONS[settings.action](settings.grid, len(trainer.layer_groups))
         self._start, self._first_window = settings.start_multiplier, settings.windows()[0]
 
@@ -59,12 +58,14 @@ class LiveController:
         loss = 0.0
         if self._observation.needs_inner_valid:
             loss = self._trainer.evaluate("inner_valid").loss
-        observation = self._observation.encode(
-            report, self._previous_ce, progress, self._now, loss)
+        observation = self._observation.encode(report, self._previous_ce, progress, self._now, loss)
         self._previous_ce = report.ce
         action, self._state = self._policy.predict(
-            observation, self._state, np.array([telemetry is None]),
-            deterministic=self._deterministic)
+            observation,
+            self._state,
+            np.array([telemetry is None]),
+            deterministic=self._deterministic,
+        )
         self._now = self._action.decode(action, self._now)
         return self._now
 
@@ -91,9 +92,15 @@ def fit(
         progress = trainer.inner_step / sum(windows)
         multipliers = [float(m) for m in controller.multipliers(progress, telemetry)]
         telemetry = trainer.run(length, multipliers)
-        records.append({
-            "inner_step": trainer.inner_step, "lr_multipliers": multipliers,
-            "ce": telemetry.ce, "kl": telemetry.kl, "diverged": telemetry.diverged})
+        records.append(
+            {
+                "inner_step": trainer.inner_step,
+                "lr_multipliers": multipliers,
+                "ce": telemetry.ce,
+                "kl": telemetry.kl,
+                "diverged": telemetry.diverged,
+            }
+        )
         if telemetry.diverged:
             break
     return records

@@ -57,5 +57,4 @@ class RandomPolicy:
         if isinstance(self._space, spaces.MultiDiscrete):
             return self._generator.integers(self._space.nvec), None
         assert isinstance(self._space, spaces.Box)
-        return self._generator.uniform(
-            self._space.low, self._space.high).astype(np.float32), None
+        return self._generator.uniform(self._space.low, self._space.high).astype(np.float32), None

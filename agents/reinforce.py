@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -76,12 +76,14 @@ class Layout:
         if not isinstance(space, spaces.MultiDiscrete):
             raise ConfigError(
                 f"`env.action` must be grid or relative for the agent reinforce, got {space}; "
-                "use PPO for box actions")
+                "use PPO for box actions"
+            )
         return cls(
             shared=tuple(i for i, label in enumerate(labels) if "/" not in label),
             per_group=tuple(
                 tuple(i for i, label in enumerate(labels) if label.endswith(f"/{group}"))
-                for group in layer_groups),
+                for group in layer_groups
+            ),
             actions=int(space.nvec[0]),
         )
 
@@ -109,10 +111,12 @@ class LSTMPolicyNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):  # modules draw weights that are replaced below
             self.net = nn.Module()
             self.net.state_encoder = nn.ModuleList(
-                _StateEncoder(hidden_size) for _ in layout.shared)
+                _StateEncoder(hidden_size) for _ in layout.shared
+            )
             self.action_distribution = nn.Module()
             self.action_distribution.linear = nn.ModuleList(
-                nn.Linear(size, layout.actions) for size in inputs)
+                nn.Linear(size, layout.actions) for size in inputs
+            )
             self.critic = nn.Module()
             self.critic.fc = nn.Linear(sum(inputs), 1)
         for name, parameter in self.named_parameters():
@@ -137,9 +141,9 @@ class LSTMPolicyNetwork(nn.Module):
             Log-probabilities of each group's choices, shape (T, B, G, M), and the new state.
         """
         features, states = [], []
-        for index, (column, encoder) in enumerate(
-            zip(self.layout.shared, self.net.state_encoder, strict=True)  # type: ignore[arg-type]
-        ):
+        encoders = cast(nn.ModuleList, self.net.state_encoder)
+        heads = cast(nn.ModuleList, self.action_distribution.linear)
+        for index, (column, encoder) in enumerate(zip(self.layout.shared, encoders, strict=True)):
             own = slice(index * self.hidden_size, (index + 1) * self.hidden_size)
             hidden, cell = (part[None, :, own].contiguous() for part in state)
             output, (hidden, cell) = encoder.rnn(observations[..., column, None], (hidden, cell))
@@ -147,8 +151,7 @@ class LSTMPolicyNetwork(nn.Module):
             states.append(torch.cat((hidden, cell)))
         logits = [
             head(torch.cat((*features, observations[..., list(own_columns)]), dim=-1))
-            for own_columns, head in zip(
-                self.layout.per_group, self.action_distribution.linear, strict=True)  # type: ignore[arg-type]
+            for own_columns, head in zip(self.layout.per_group, heads, strict=True)
         ]
         return torch.log_softmax(torch.stack(logits, dim=-2), dim=-1), torch.cat(states, dim=-1)
 
@@ -194,7 +197,8 @@ class ReinforcePolicy:
             with torch.no_grad():
                 log_probs, after = self.network(
                     torch.from_numpy(np.ascontiguousarray(row, np.float32))[None, None],
-                    torch.from_numpy(np.ascontiguousarray(row_state, np.float32))[:, None])
+                    torch.from_numpy(np.ascontiguousarray(row_state, np.float32))[:, None],
+                )
             probabilities = log_probs[0, 0].double().exp().numpy()  # (G, M)
             if deterministic:
                 actions.append(probabilities.argmax(axis=1))
@@ -242,7 +246,7 @@ def advantages(episodes: Sequence[Episode], rollouts: int, discount: float) -> n
     baseline = np.where(running, grouped, 0.0).sum(axis=1, keepdims=True) / count
     centred = np.where(running, grouped - baseline, 0.0).reshape(returns.shape)
     spread = centred[np.isfinite(returns)].std()
-    return centred / (spread + 1e-8)
+    return np.asarray(centred / (spread + 1e-8))
 
 
 class Reinforce:
@@ -252,10 +256,11 @@ class Reinforce:
         self.settings = settings
         self.seed = seed
         self.policy = ReinforcePolicy(
-            LSTMPolicyNetwork(layout, settings.hidden_size, torch_generator(seed, "policy")))
+            LSTMPolicyNetwork(layout, settings.hidden_size, torch_generator(seed, "policy"))
+        )
         self._parameters = [
-            p for name, p in self.policy.network.named_parameters()
-            if not name.startswith("critic")]
+            p for name, p in self.policy.network.named_parameters() if not name.startswith("critic")
+        ]
         self._optimizer = torch.optim.Adam(self._parameters, lr=settings.policy_lr)
 
     def update(self, episodes: Sequence[Episode], entropy_weight: float) -> dict[str, float]:
@@ -272,8 +277,13 @@ class Reinforce:
             Entropy [nats per group] and gradient norm before clipping, of the last pass.
         """
         settings = self.settings
-        advantage = torch.from_numpy(
-            advantages(episodes, settings.rollouts_per_instance, settings.discount)).float().T
+        advantage = (
+            torch.from_numpy(
+                advantages(episodes, settings.rollouts_per_instance, settings.discount)
+            )
+            .float()
+            .T
+        )
         horizon, count = advantage.shape
         running = torch.zeros(horizon, count)
         observations = torch.zeros(horizon, count, episodes[0].observations.shape[1])
@@ -287,7 +297,8 @@ class Reinforce:
         statistics = {}
         for _ in range(settings.passes):
             log_probs, _ = self.policy.network(
-                observations, self.policy.network.initial_state(count))
+                observations, self.policy.network.initial_state(count)
+            )
             joint = log_probs.gather(-1, actions[..., None])[..., 0].sum(dim=-1)  # (T, E)
             if before is None:
                 before = joint.detach()
@@ -298,7 +309,7 @@ class Reinforce:
             mean_entropy = (entropy * running).sum() / running.sum()
             loss = -credit.sum() / count - entropy_weight * horizon * mean_entropy
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
             self._optimizer.step()
             statistics = {"entropy": mean_entropy.item(), "grad_norm": norm.item()}
@@ -314,7 +325,8 @@ class Reinforce:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of `state`."""
         self.policy.network.load_state_dict(
-            {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")})
+            {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
+        )
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer/"):
@@ -335,26 +347,31 @@ class Reinforce:
         for update in range(start, settings.updates):
             draw = numpy_generator(self.seed, "train-instances", update)
             drawn = [
-                draw_instance(task, instances, draw)
-                for _ in range(settings.instances_per_update)]
+                draw_instance(task, instances, draw) for _ in range(settings.instances_per_update)
+            ]
             jobs = [
                 (self.policy, instance, derive_seed(self.seed, "rollout", update, i, j), False)
                 for i, instance in enumerate(drawn)
-                for j in range(settings.rollouts_per_instance)]
+                for j in range(settings.rollouts_per_instance)
+            ]
             episodes: list[Episode] = list(pool.map(run_policy, jobs))
             share = update / max(1, settings.updates - 1)
             entropy_weight = (
-                settings.entropy_start + (settings.entropy_end - settings.entropy_start) * share)
+                settings.entropy_start + (settings.entropy_end - settings.entropy_start) * share
+            )
             statistics = self.update(episodes, entropy_weight)
-            yield update, {
-                "episodes": (update + 1) * len(jobs),
-                "return": float(np.mean([e.rewards.sum() for e in episodes])),
-                "accuracy": float(np.mean([final_accuracy(e) for e in episodes])),
-                "diverged": float(np.mean([e.diverged for e in episodes])),
-                **statistics,
-                "inner_steps": sum(e.inner_steps for e in episodes),
-                "validation_images": sum(e.validation_images for e in episodes),
-            }
+            yield (
+                update,
+                {
+                    "episodes": (update + 1) * len(jobs),
+                    "return": float(np.mean([e.rewards.sum() for e in episodes])),
+                    "accuracy": float(np.mean([final_accuracy(e) for e in episodes])),
+                    "diverged": float(np.mean([e.diverged for e in episodes])),
+                    **statistics,
+                    "inner_steps": sum(e.inner_steps for e in episodes),
+                    "validation_images": sum(e.validation_images for e in episodes),
+                },
+            )
 
 
 def final_accuracy(episode: Episode) -> float:
@@ -401,8 +418,10 @@ class Learner:
                 self._agent.load_state({key: file.get_tensor(key) for key in file.keys()})
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{path} is no whole checkpoint of this agent ({reason}); "
-                              "restore it from a copy or train anew") from None
+            raise ConfigError(
+                f"{path} is no whole checkpoint of this agent ({reason}); "
+                "restore it from a copy or train anew"
+            ) from None
         return updates
 
 
@@ -416,8 +435,8 @@ def layout_of(task: str, env: EnvSettings) -> Layout:
 def load_policy(path: Path, experiment: Any) -> ReinforcePolicy:
     """Policy of a checkpoint; see `Learner.load` for errors."""
     learner = Learner(
-        experiment.task, experiment.env, experiment.agent, experiment.seed,
-        experiment.train.workers)
+        experiment.task, experiment.env, experiment.agent, experiment.seed, experiment.train.workers
+    )
     learner.load(path)
     return learner.policy
 

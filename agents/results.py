@@ -7,8 +7,16 @@ from rich.table import Table
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment
 
-HEADINGS = ("method", "test accuracy (IQM)", "95 % interval", "mean ± std", "retention",
-            "diverged", "tuning episodes", "controller minus this")
+HEADINGS = (
+    "method",
+    "test accuracy (IQM)",
+    "95 % interval",
+    "mean ± std",
+    "retention",
+    "diverged",
+    "tuning episodes",
+    "controller minus this",
+)
 
 
 def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
@@ -34,8 +42,9 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         f"{entry['retention']:.3f}",
         f"{entry['diverged']:.0%}",
         str(entry["cost"]["episodes"]),
-        "" if difference is None else
-        f"{difference['iqm']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
+        ""
+        if difference is None
+        else f"{difference['iqm']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
     ]
 
 
@@ -54,8 +63,12 @@ def comparison_table(summary: dict[str, Any]) -> Table:
 
 def results_markdown(summary: dict[str, Any]) -> str:
     """The same as Markdown."""
-    lines = [_caption(summary), "", "| " + " | ".join(HEADINGS) + " |",
-             "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines = [
+        _caption(summary),
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---|" + "---:|" * (len(HEADINGS) - 1),
+    ]
     lines += ["| " + " | ".join(_cells(entry)) + " |" for entry in _ordered(summary)]
     return "\n".join([*lines, "", _footnote(summary), ""])
 
@@ -66,8 +79,10 @@ def _ordered(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _caption(summary: dict[str, Any]) -> str:
     protocol = summary["protocol"]
-    return (f"{len(protocol['instances'])} unseen instances, {protocol['training_seeds']} training "
-            f"seed(s), {protocol['test_images']} test images; reward: {protocol['reward']}")
+    return (
+        f"{len(protocol['instances'])} unseen instances, {protocol['training_seeds']} training "
+        f"seed(s), {protocol['test_images']} test images; reward: {protocol['reward']}"
+    )
 
 
 def _footnote(summary: dict[str, Any]) -> str:
@@ -76,8 +91,13 @@ def _footnote(summary: dict[str, Any]) -> str:
         difference = entry.get("controller_minus_this")
         if difference is None or entry["name"].startswith("controller"):
             continue
-        key = ("above" if difference["low"] > 0 else "below" if difference["high"] < 0
-               else "not told apart from")
+        key = (
+            "above"
+            if difference["low"] > 0
+            else "below"
+            if difference["high"] < 0
+            else "not told apart from"
+        )
         verdicts[key].append(entry["name"])
     parts = [f"{key} {', '.join(names)}" for key, names in verdicts.items() if names]
     return "The sampled controller is " + "; ".join(parts) + "."

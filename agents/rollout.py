@@ -1,7 +1,9 @@
 """Episodes, and the worker processes that run them."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -61,7 +63,8 @@ def run_policy(
     def act(observation: np.ndarray, first: bool) -> tuple[np.ndarray, Any]:
         nonlocal state
         action, state = policy.predict(
-            observation, state, np.array([first]), deterministic=deterministic)
+            observation, state, np.array([first]), deterministic=deterministic
+        )
         return action, env.step(action)
 
     return _run(env, instance, act)
@@ -74,7 +77,8 @@ def run_controller(env: LayerwiseLREnv, controller: Controller, instance: Instan
     def act(observation: np.ndarray, first: bool) -> tuple[np.ndarray, Any]:
         progress = env.trainer.inner_step / env.trainer.settings.total_steps
         return np.empty(0), env.step_multipliers(
-            controller.multipliers(progress, None if first else env.telemetry))
+            controller.multipliers(progress, None if first else env.telemetry)
+        )
 
     return _run(env, instance, act)
 
@@ -90,13 +94,36 @@ def _run(
     while not terminated:
         progress = env.trainer.inner_step / env.trainer.settings.total_steps
         action, (following, reward, terminated, _, info) = act(observation, not rows)
-        rows.append((observation, action, reward, info["lr_multipliers"], progress,
-                     info["loss/ce"], info["loss/kl"], info.get("accuracy/outer_valid")))
+        rows.append(
+            (
+                observation,
+                action,
+                reward,
+                info["lr_multipliers"],
+                progress,
+                info["loss/ce"],
+                info["loss/kl"],
+                info.get("accuracy/outer_valid"),
+            )
+        )
         observation = following
-    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
-    accuracy = columns[7] if rows[0][7] is not None else np.empty(0)
-    images = env.images_per_measurement * (len(rows) + 1 - int(info["diverged"]))
-    return Episode(instance, *columns[:7], accuracy, info["diverged"], info["inner_step"], images)
+    observations, actions, rewards, multipliers, progresses, ce, kl, accuracy = (
+        np.asarray(column) for column in zip(*rows, strict=True)
+    )
+    return Episode(
+        instance,
+        observations,
+        actions,
+        rewards,
+        multipliers,
+        progresses,
+        ce,
+        kl,
+        accuracy if rows[0][-1] is not None else np.empty(0),
+        info["diverged"],
+        info["inner_step"],
+        env.images_per_measurement * (len(rows) + 1 - int(info["diverged"])),
+    )
 
 
 _worker_env: LayerwiseLREnv | None = None
@@ -105,8 +132,17 @@ _worker_env: LayerwiseLREnv | None = None
 def _start_worker(task: str, settings: EnvSettings) -> None:
     global _worker_env
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker_env = LayerwiseLREnv(task, settings)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the main process is gone, killed for instance."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
@@ -125,11 +161,10 @@ class RolloutPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["agents.rollout"])
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(task, settings))
+            workers, mp_context=context, initializer=_start_worker, initargs=(task, settings)
+        )
 
-    def map(
-        self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
-    ) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield `function(env, *job)` for every job, in order."""
         return self._executor.map(_call, ((function, job) for job in jobs))
 

@@ -8,12 +8,13 @@ import numpy as np
 from agents.baselines import Controller, Static
 from agents.rollout import Episode, RolloutPool, run_controller
 from asg_env.actions import GRIDS, GridName
+from asg_env.config import ConfigError
 from asg_env.core.seeding import numpy_generator
 from asg_env.instances import Instance, InstanceSet, draw_instance
 
 KEPT = 3  # of so many candidates one goes on to the next rung
 FIRST_RUNG = 4  # train instances per candidate in the first rung
-RUNGS = 4
+RUNGS = 4  # at most; 4, 12, 36 and 108 instances
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def train_instances(task: str, instances: InstanceSet, seed: int, count: int) ->
 
 
 def search_static(
-    scorer: Scorer, grid: GridName, groups: int, budget: int, seed: int,
+    scorer: Scorer,
+    grid: GridName,
+    groups: int,
+    budget: int,
+    seed: int,
     progress: Callable[[int], None] = lambda episodes: None,
 ) -> SearchResult:
     """Successive halving over random vectors of grid levels.
@@ -86,14 +91,19 @@ def search_static(
         progress: Called with the episodes spent so far.
 
     Raises:
-        ValueError: The budget is below the cost of one candidate.
+        ConfigError: The budget is below the cost of one candidate.
     """
-    # n candidates cost n * FIRST_RUNG, then in each rung n / KEPT**r * FIRST_RUNG *
-    # (KEPT**r - KEPT**(r-1)) more.
-    per_candidate = FIRST_RUNG * (1 + (RUNGS - 1) * (1 - 1 / KEPT))
-    count = int(budget / per_candidate)
+    # Of n candidates the first rung costs n * FIRST_RUNG episodes and each later one two thirds
+    # of that, so n follows from the budget. A small budget has room for fewer rungs: the last
+    # one has KEPT candidates or so.
+    for rungs in range(RUNGS, 0, -1):
+        count = int(budget / (FIRST_RUNG * (1 + (rungs - 1) * (1 - 1 / KEPT))))
+        if count >= KEPT**rungs or rungs == 1:
+            break
     if count < 1:
-        raise ValueError(f"a search needs a budget of >= {per_candidate:.0f} episodes, got {budget}")
+        raise ConfigError(
+            f"`train.search_episodes` must be 0 or >= {FIRST_RUNG}, got {budget}; raise it"
+        )
     generator = numpy_generator(seed, "static-search")
     levels = GRIDS[grid]
     vectors = generator.integers(len(levels), size=(count, groups))
@@ -102,17 +112,18 @@ def search_static(
         vector = tuple(levels[i] for i in row)
         alive[str(vector)] = Static(vector)
     scores: dict[str, float] = {}
-    for rung in range(RUNGS):
+    for rung in range(rungs):
         scores = scorer.score(alive, FIRST_RUNG * KEPT**rung)
         progress(scorer.episodes)
         ranked = sorted(alive, key=lambda name: -scores[name])
-        keep = ranked if rung == RUNGS - 1 else ranked[: max(1, len(ranked) // KEPT)]
+        keep = ranked if rung == rungs - 1 else ranked[: max(1, len(ranked) // KEPT)]
         alive = {name: alive[name] for name in keep}
     best = next(iter(alive))
     winner = alive[best]
     assert isinstance(winner, Static)
-    return SearchResult(winner.vector, scores[best], scorer.episodes, scorer.inner_steps,
-                        scorer.validation_images)
+    return SearchResult(
+        winner.vector, scores[best], scorer.episodes, scorer.inner_steps, scorer.validation_images
+    )
 
 
 def _final(episode: Episode) -> float:

@@ -31,7 +31,8 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     ordered = np.sort(values, axis=axis)
     count = ordered.shape[axis]
     cut = int(count * 0.25)
-    return np.take(ordered, np.arange(cut, count - cut), axis=axis).mean(axis=axis)
+    middle: np.ndarray = np.take(ordered, np.arange(cut, count - cut), axis=axis)
+    return np.asarray(middle.mean(axis=axis))
 
 
 def bootstrap_iqm(

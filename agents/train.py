@@ -41,15 +41,17 @@ def train(run: RunFolder, progress: Progress) -> None:
         _train_seed(run, experiment, index, progress)
 
 
-def _train_seed(
-    run: RunFolder, experiment: Experiment, index: int, progress: Progress
-) -> None:
+def _train_seed(run: RunFolder, experiment: Experiment, index: int, progress: Progress) -> None:
     folder = run.seed_folder(index)
     checkpoint = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     learner = experiment.agent_module.Learner(
-        experiment.task, experiment.env, experiment.agent, experiment.seed + index,
-        experiment.train.workers)
+        experiment.task,
+        experiment.env,
+        experiment.agent,
+        experiment.seed + index,
+        experiment.train.workers,
+    )
     start = learner.load(checkpoint) if checkpoint.exists() else 0
     if start >= learner.updates:
         return
@@ -59,16 +61,17 @@ def _train_seed(
     began = time.perf_counter()
     with (
         metrics.open("a", encoding="utf-8") as lines,
-        SummaryWriter(str(folder / "tensorboard"), purge_step=start) as board,  # type: ignore[no-untyped-call]
+        SummaryWriter(str(folder / "tensorboard"), purge_step=start) as board,
     ):
         for update, values in learner.train(start):
             seconds = time.perf_counter() - began
-            lines.write(json.dumps({"update": update, **values, "seconds": round(seconds, 3)})
-                        + "\n")
+            lines.write(
+                json.dumps({"update": update, **values, "seconds": round(seconds, 3)}) + "\n"
+            )
             lines.flush()
             os.fsync(lines.fileno())
             for name, value in values.items():
-                board.add_scalar(name, value, update)  # type: ignore[no-untyped-call]
+                board.add_scalar(name, value, update)
             learner.save(checkpoint, update)
             progress(index, update, values)
 
@@ -84,8 +87,10 @@ def load_policies(run: RunFolder) -> list[Policy]:
     for index in range(experiment.train.seeds):
         path = run.seed_folder(index) / "checkpoints" / experiment.agent_module.CHECKPOINT
         if not path.exists():
-            raise ConfigError(f"{run.path} has no checkpoint of training seed {index}; "
-                              "finish it with asg train --resume")
+            raise ConfigError(
+                f"{run.path} has no checkpoint of training seed {index}; "
+                "finish it with asg train --resume"
+            )
         policies.append(experiment.agent_module.load_policy(path, experiment))
     return policies
 
@@ -120,4 +125,5 @@ def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str
 def learning_curves(run: RunFolder) -> list[list[dict[str, Any]]]:
     """Metrics of every training seed."""
     return [
-        read_metrics(Path(run.seed_folder(index))) for index in range(run.experiment.train.seeds)]
+        read_metrics(Path(run.seed_folder(index))) for index in range(run.experiment.train.seeds)
+    ]

@@ -74,7 +74,8 @@ def _inner_steps(value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
-            f"must be an integer >= 1, 'asg-as-coded' or 'asg-intended', got {value!r}")
+            f"must be an integer >= 1, 'asg-as-coded' or 'asg-intended', got {value!r}"
+        )
     return value
 
 
@@ -117,30 +118,36 @@ class EnvSettings(Settings):
             if not grown and getattr(self, name) is not None:
                 raise ValueError(
                     f"`{name}` is used by growing windows only, got inner_steps="
-                    f"{self.inner_steps}; leave it out")
+                    f"{self.inner_steps}; leave it out"
+                )
         if grown and self.horizon is not None:
             raise ValueError(
                 f"`horizon` follows from steps_per_epoch and epochs with inner_steps="
-                f"{self.inner_steps}, got {self.horizon}; leave it out")
+                f"{self.inner_steps}, got {self.horizon}; leave it out"
+            )
         if self.guidance is not None and self.kl_weight is not None:
             raise ValueError("`kl_weight` is short for guidance={'kl': x}, got both; give one")
         if self.optimizer != "sgd" and self.momentum_form != "pytorch":
             raise ValueError(
                 f"`momentum_form` must be pytorch with optimizer {self.optimizer}, got "
-                f"{self.momentum_form}; scaled velocity is a form of SGD")
+                f"{self.momentum_form}; scaled velocity is a form of SGD"
+            )
         if self.optimizer != "sgd" and self.momentum is not None:
             raise ValueError(
-                f"`momentum` is used by sgd only, got optimizer {self.optimizer}; leave it out")
+                f"`momentum` is used by sgd only, got optimizer {self.optimizer}; leave it out"
+            )
         if self.action == "relative" and self.start_multiplier not in GRIDS[self.grid]:
             raise ValueError(
                 f"`start_multiplier` must be a level of the {self.grid} grid "
-                f"{list(GRIDS[self.grid])} with relative actions, got {self.start_multiplier}")
+                f"{list(GRIDS[self.grid])} with relative actions, got {self.start_multiplier}"
+            )
         return self
 
     def windows(self) -> tuple[int, ...]:
         """Inner steps of each env step."""
         if isinstance(self.inner_steps, str):
-            assert self.steps_per_epoch is not None and self.epochs is not None
+            assert self.steps_per_epoch is not None
+            assert self.epochs is not None
             return growing_windows(self.inner_steps, self.steps_per_epoch, self.epochs)
         return constant_windows(self.inner_steps, self.horizon or 15)
 
@@ -216,9 +223,15 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
             return f"`{field}` must be one of {context['expected']}, got {got}{fix}"
         case "finite_number":
             return f"`{field}` must be a finite number, got {got}{fix}"
-    expected = {"int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
-                "bool_type": "true or false", "string_type": "text", "dict_type": "a mapping",
-                "model_type": "a mapping"}
+    expected = {
+        "int_type": "an integer",
+        "int_from_float": "an integer",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+    }
     wanted = expected.get(problem["type"], problem["msg"].lower())
     return f"`{field}` must be {wanted}, got {got}{fix}"
 
@@ -229,7 +242,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ConfigError(f"`{key}` is repeated in line {line}; keep one of them")
@@ -256,7 +269,8 @@ def parse_yaml(text: str) -> Any:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
         raise ConfigError(
-            f"the text is not YAML{line} ({getattr(error, 'problem', error)}); mend it") from None
+            f"the text is not YAML{line} ({getattr(error, 'problem', error)}); mend it"
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

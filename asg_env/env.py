@@ -68,9 +68,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
-    def __init__(
-        self, task: str, settings: EnvSettings, render_mode: str | None = None
-    ) -> None:
+    def __init__(self, task: str, settings: EnvSettings, render_mode: str | None = None) -> None:
         if multiprocessing.parent_process() is not None:
             # One thread per worker process: bits change with the thread count, and a forked
             # child's backward pass can hang when its parent used several.
@@ -78,7 +76,8 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(
                 f"`render_mode` must be one of {self.metadata['render_modes']} or None, got "
-                f"{render_mode!r}; leave it out")
+                f"{render_mode!r}; leave it out"
+            )
         self.render_mode = render_mode
         self.settings = settings
         self.task_id = task
@@ -88,11 +87,15 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self._observation = Observation(settings.observation, groups, settings.grid)
         self._reward = Reward(settings.reward)
         self._windows = settings.windows()
-        self._measured = tuple(dict.fromkeys(
-            self._reward.splits
-            + (("inner_valid",) if self._observation.needs_inner_valid else ())))
+        self._measured = tuple(
+            dict.fromkeys(
+                self._reward.splits
+                + (("inner_valid",) if self._observation.needs_inner_valid else ())
+            )
+        )
         self.images_per_measurement = sum(
-            len(self.trainer.splits[split]) for split in self._measured)
+            len(self.trainer.splits[split]) for split in self._measured
+        )
         self.action_space = self._action.space
         self.observation_space = self._observation.space
         self.observation_labels = self._observation.labels
@@ -115,10 +118,12 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         super().reset(seed=seed)
         self.instance = self._choose_instance(dict(options or {}))
         self.trainer.reset(
-            self.instance.head_seed, self.instance.data_seed, self.instance.base_lr_scale)
+            self.instance.head_seed, self.instance.data_seed, self.instance.base_lr_scale
+        )
         self._step_index = 0
-        self._multipliers: tuple[float, ...] = (
-            self.settings.start_multiplier,) * len(self.trainer.layer_groups)
+        self._multipliers: tuple[float, ...] = (self.settings.start_multiplier,) * len(
+            self.trainer.layer_groups
+        )
         self._running = True
         batches = min(RESET_BATCHES, self._windows[0])
         self._telemetry = self.trainer.initial_report(batches)
@@ -204,7 +209,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self.history = snapshot["history"].copy()
         self._running = snapshot["running"]
 
-    def render(self) -> str | np.ndarray | None:  # type: ignore[override]
+    def render(self) -> str | np.ndarray | None:
         """Draw the episode so far: multipliers as a heat map, losses and accuracy beside it."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode; pass it to gym.make")
@@ -237,7 +242,10 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
             else:
                 result = self.trainer.evaluate(split)
                 accuracy[split], loss[split], agreed = (
-                    result.accuracy, result.loss, result.agreement)
+                    result.accuracy,
+                    result.loss,
+                    result.agreement,
+                )
             if split == "old_task":
                 agreement = agreed
         return Measurements(accuracy, loss, agreement, self._telemetry.objective)
@@ -247,8 +255,12 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     def _encode(self) -> np.ndarray:
         return self._observation.encode(
-            self._telemetry, self._previous_ce, self._progress(), self._multipliers,
-            self._measurements.loss.get("inner_valid", 0.0))
+            self._telemetry,
+            self._previous_ce,
+            self._progress(),
+            self._multipliers,
+            self._measurements.loss.get("inner_valid", 0.0),
+        )
 
     def _info(self, terms: dict[str, float]) -> dict[str, Any]:
         last = max(0, self.trainer.inner_step - 1)
@@ -257,7 +269,8 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
             "layer_groups": self.trainer.layer_groups,
             "lr_multipliers": np.asarray(self._multipliers),
             "effective_lrs": np.asarray(
-                effective_lrs(self.settings.base_lr, self._multipliers, factor)),
+                effective_lrs(self.settings.base_lr, self._multipliers, factor)
+            ),
             "inner_step": self.trainer.inner_step,
             "loss/ce": bounded_loss(self._telemetry.ce),
             "loss/kl": bounded_loss(self._telemetry.kl),
@@ -284,22 +297,27 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"`device` must be a torch device of this machine, got {settings.device!r} "
-            f"({reason}); use cpu") from None
+            f"({reason}); use cpu"
+        ) from None
     splits = dict(task.splits)
     outer_valid = splits["outer_valid"]
     if settings.outer_valid_size > len(outer_valid):
         raise ConfigError(
             f"`outer_valid_size` must be <= {len(outer_valid)} for {task_id}, got "
-            f"{settings.outer_valid_size}; lower it")
+            f"{settings.outer_valid_size}; lower it"
+        )
     splits["outer_valid"] = outer_valid.head(settings.outer_valid_size)
     return Trainer(
-        task.optimizee, task.layer_groups, splits, settings.trainer_settings(),
-        settings.guidance_weights(), device)
+        task.optimizee,
+        task.layer_groups,
+        splits,
+        settings.trainer_settings(),
+        settings.guidance_weights(),
+        device,
+    )
 
 
-def make_env(
-    task: str, render_mode: str | None = None, **settings: Any
-) -> LayerwiseLREnv:
+def make_env(task: str, render_mode: str | None = None, **settings: Any) -> LayerwiseLREnv:
     """Entry point of `gym.make`.
 
     Raises:

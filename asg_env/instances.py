@@ -55,8 +55,10 @@ class Instance:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"instance `{name}` must be an integer, got {value!r}")
         scale = instance.base_lr_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not (
-            math.isfinite(scale) and scale > 0
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not (math.isfinite(scale) and scale > 0)
         ):
             raise ValueError(f"instance `base_lr_scale` must be a finite number > 0, got {scale!r}")
         return instance

@@ -74,19 +74,21 @@ class Observation:
             inner_valid_loss: CE on inner_valid, nats; read by `extended` alone.
         """
         if self.name == "asg":
-            values = np.concatenate([
-                [telemetry.ce, telemetry.kl, progress, telemetry.head_mean, telemetry.head_std],
-                multipliers,
-            ])
+            values = np.concatenate(
+                [
+                    [telemetry.ce, telemetry.kl, progress, telemetry.head_mean, telemetry.head_std],
+                    multipliers,
+                ]
+            )
         else:
             log_ce = _scaled_log(telemetry.ce, 1e-3, 4)
+            change = 4 * (log_ce - _scaled_log(previous_ce, 1e-3, 4))
             parts = [
-                [log_ce, 4 * (log_ce - _scaled_log(previous_ce, 1e-3, 4)),
-                 _scaled_log(telemetry.kl, 1e-4, 5), progress],
+                np.array([log_ce, change, _scaled_log(telemetry.kl, 1e-4, 5), progress]),
                 grid_positions(multipliers, self._grid),
             ]
             if self.name == "extended":
-                parts.insert(1, [_scaled_log(inner_valid_loss, 1e-3, 4)])
+                parts.insert(1, np.array([_scaled_log(inner_valid_loss, 1e-3, 4)]))
                 parts += [
                     _scaled_log(telemetry.grad_norms, 1e-3, 4),
                     1 + _scaled_log(telemetry.drifts, 1e-4, 5),
@@ -94,9 +96,9 @@ class Observation:
                 ]
             values = np.concatenate(parts)
         values = np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf)
-        return np.clip(values, self.space.low, self.space.high).astype(np.float32)
+        return np.asarray(np.clip(values, self.space.low, self.space.high), dtype=np.float32)
 
 
 def _scaled_log(value: float | Sequence[float], offset: float, scale: float) -> np.ndarray:
     """Natural log of a non-negative quantity, kept finite at 0, divided to about [-1, 1]."""
-    return np.log(np.asarray(value, dtype=np.float64) + offset) / scale
+    return np.asarray(np.log(np.asarray(value, dtype=np.float64) + offset) / scale)

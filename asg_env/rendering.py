@@ -45,17 +45,20 @@ class EpisodeHistory:
 def render_ansi(history: EpisodeHistory) -> str:
     """Text heat map: darker is a larger multiplier, from 0.001 or less to 1."""
     width = max(map(len, history.layer_groups))
-    lines = []
+    lines: list[str] = []
     for name, row in zip(history.layer_groups, history.log_multipliers(), strict=True):
         cells = "".join(
             "_" if np.isnan(v) else SHADES[round((v + 3) / 3 * (len(SHADES) - 1))]
-            for v in np.minimum(row, 0))
+            for v in np.minimum(row, 0)
+        )
         now = f"{history.multipliers[-1][len(lines)]:.3g}" if history.multipliers else "-"
         lines.append(f"{name:>{width}} |{cells}| {now}")
     if history.ce:
         accuracy = f"  accuracy {history.accuracy[-1]:.3f}" if history.accuracy else ""
-        lines.append(f"step {len(history.ce)}/{history.horizon}  ce {history.ce[-1]:.4f}  "
-                     f"kl {history.kl[-1]:.4f}{accuracy}")
+        lines.append(
+            f"step {len(history.ce)}/{history.horizon}  ce {history.ce[-1]:.4f}  "
+            f"kl {history.kl[-1]:.4f}{accuracy}"
+        )
     return "\n".join(lines)
 
 

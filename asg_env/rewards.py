@@ -43,16 +43,23 @@ def bounded_loss(loss: float) -> float:
 def _validation_terms(split: str, prefix: str) -> dict[str, RewardTerm]:
     return {
         f"{prefix}gain": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split] - before.accuracy[split],
-            f"gain in {split} accuracy since the last env step"),
+            split,
+            lambda now, before, last: now.accuracy[split] - before.accuracy[split],
+            f"gain in {split} accuracy since the last env step",
+        ),
         f"{prefix}level": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split], f"{split} accuracy"),
+            split, lambda now, before, last: now.accuracy[split], f"{split} accuracy"
+        ),
         f"{prefix}terminal": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split] if last else 0.0,
-            f"{split} accuracy at the end of the episode, else 0"),
+            split,
+            lambda now, before, last: now.accuracy[split] if last else 0.0,
+            f"{split} accuracy at the end of the episode, else 0",
+        ),
         f"{prefix}loss": RewardTerm(
-            split, lambda now, before, last: -bounded_loss(now.loss[split]),
-            f"negative {split} cross-entropy"),
+            split,
+            lambda now, before, last: -bounded_loss(now.loss[split]),
+            f"negative {split} cross-entropy",
+        ),
     }
 
 
@@ -60,12 +67,15 @@ REWARD_TERMS: dict[str, RewardTerm] = {
     **_validation_terms("outer_valid", ""),
     **_validation_terms("inner_valid", "inner_valid_"),
     "retention": RewardTerm(
-        "old_task", lambda now, before, last: (now.agreement or 0.0) - (before.agreement or 0.0),
-        "gain in agreement with the teacher on held-out old-task images (no label read)"),
+        "old_task",
+        lambda now, before, last: (now.agreement or 0.0) - (before.agreement or 0.0),
+        "gain in agreement with the teacher on held-out old-task images (no label read)",
+    ),
     "train_loss": RewardTerm(
-        None, lambda now, before, last: bounded_loss(before.objective)
-        - bounded_loss(now.objective),
-        "previous window's training objective minus this one's"),
+        None,
+        lambda now, before, last: bounded_loss(before.objective) - bounded_loss(now.objective),
+        "previous window's training objective minus this one's",
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """`LearnedSchedule`: learned multipliers as a file, reused in ordinary PyTorch training.
 
+Example:
     schedule = LearnedSchedule.load("schedule.json")
     optimizer = torch.optim.SGD(schedule.param_groups(model, base_lr=0.1), momentum=0.9)
     scheduler = schedule.to_torch(optimizer, total_steps=1000)
@@ -74,26 +75,30 @@ class LearnedSchedule:
         if not self.layer_groups:
             raise ValueError("schedule `layer_groups` must name at least one group, got none")
         knots = self.knots
-        if not knots or knots[0] != 0 or any(
-            not a < b for a, b in zip(knots, (*knots[1:], 1.0), strict=True)
+        if (
+            not knots
+            or knots[0] != 0
+            or any(not a < b for a, b in zip(knots, (*knots[1:], 1.0), strict=True))
         ):
             raise ValueError(
-                f"schedule `knots` must increase from 0 and stay below 1, got {list(knots)}")
+                f"schedule `knots` must increase from 0 and stay below 1, got {list(knots)}"
+            )
         for name in ("multipliers", "spread"):
             rows = getattr(self, name)
             if len(rows) != len(knots) or any(len(r) != len(self.layer_groups) for r in rows):
                 raise ValueError(
                     f"schedule `{name}` must be {len(knots)} knots x {len(self.layer_groups)} "
-                    "groups; the file is damaged")
+                    "groups; the file is damaged"
+                )
             for value in (value for row in rows for value in row):
                 if not (math.isfinite(value) and value >= 0):
-                    raise ValueError(
-                        f"schedule `{name}` must be finite and >= 0, got {value}")
+                    raise ValueError(f"schedule `{name}` must be finite and >= 0, got {value}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"schedule `base_lr` must be a finite number > 0, got {self.base_lr}")
         if self.lr_factor not in ("constant", "warmup-poly"):
             raise ValueError(
-                f"schedule `lr_factor` must be constant or warmup-poly, got {self.lr_factor!r}")
+                f"schedule `lr_factor` must be constant or warmup-poly, got {self.lr_factor!r}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule as JSON, to a temporary name first."""
@@ -120,7 +125,8 @@ class LearnedSchedule:
         if version != VERSION:
             raise ValueError(
                 f"{path} has schedule version {version}, this asg-env reads {VERSION}; "
-                "use the asg-env that wrote it")
+                "use the asg-env that wrote it"
+            )
         known = {f.name for f in fields(cls)}
         if set(record) != known:
             wrong = sorted(set(record) ^ known)
@@ -152,7 +158,8 @@ class LearnedSchedule:
                 none.
         """
         return build_param_groups(
-            model, self.layer_groups, self.base_lr if base_lr is None else base_lr)
+            model, self.layer_groups, self.base_lr if base_lr is None else base_lr
+        )
 
     def to_torch(self, optimizer: Optimizer, total_steps: int) -> "ScheduleLR":
         """Return a scheduler that drives `optimizer`; call its `.step()` every inner step.
@@ -181,12 +188,14 @@ class ScheduleLR(LRScheduler):
         if names != list(schedule.layer_groups):
             raise ValueError(
                 f"the optimizer's groups must be {list(schedule.layer_groups)}, got {names}; "
-                "build it on schedule.param_groups(model)")
+                "build it on schedule.param_groups(model)"
+            )
         scaled_velocity = isinstance(optimizer, ScaledVelocitySGD)
         if scaled_velocity != (schedule.momentum_form == "scaled-velocity"):
             raise ValueError(
                 f"the schedule was learned with momentum_form '{schedule.momentum_form}', got "
-                f"{type(optimizer).__name__}; use the optimizer of that form")
+                f"{type(optimizer).__name__}; use the optimizer of that form"
+            )
         self._schedule = schedule
         self._set_length(total_steps)
         super().__init__(optimizer)
@@ -197,7 +206,7 @@ class ScheduleLR(LRScheduler):
         multipliers = self._schedule.multipliers[bisect_right(self._starts, step) - 1]
         factor = lr_factor(self._schedule.lr_factor, step, self.total_steps)  # type: ignore[arg-type]
         return [
-            effective_lrs(base_lr, (multiplier,), factor)[0]
+            effective_lrs(float(base_lr), (multiplier,), factor)[0]
             for base_lr, multiplier in zip(self.base_lrs, multipliers, strict=True)
         ]
 

@@ -59,8 +59,8 @@ class DataOrder:
     def indices(self, inner_step: int) -> Tensor:
         """Return the image indices of one inner step, int64, shape (batch_size,)."""
         start = inner_step * self._batch_size
-        parts = []
-        while (missing := self._batch_size - sum(map(len, parts))) > 0:
+        parts: list[Tensor] = []
+        while (missing := self._batch_size - sum(len(part) for part in parts)) > 0:
             epoch, offset = divmod(start, self._size)
             part = self._permutation(epoch)[offset : offset + missing]
             parts.append(part)

@@ -12,9 +12,7 @@ from torch import nn
 GroupPatterns = Mapping[str, str]
 
 
-def split_parameters(
-    model: nn.Module, patterns: GroupPatterns
-) -> dict[str, list[nn.Parameter]]:
+def split_parameters(model: nn.Module, patterns: GroupPatterns) -> dict[str, list[nn.Parameter]]:
     """Assign every trainable parameter of `model` to exactly one layer group.
 
     Parameters with `requires_grad=False` are passed over.

@@ -31,9 +31,7 @@ def kl_to_teacher(teacher_log_probs: Tensor, student_logits: Tensor) -> Tensor:
     )
 
 
-def objective(
-    ce: Tensor, kl: Tensor, guidance: Mapping[str, float]
-) -> Tensor:
+def objective(ce: Tensor, kl: Tensor, guidance: Mapping[str, float]) -> Tensor:
     """CE + weight x KL: the loss whose gradient an inner step follows."""
     weight = guidance.get("kl", 0.0)
     return ce + weight * kl if weight else ce

@@ -82,7 +82,8 @@ class ScaledVelocitySGD(Optimizer):
                 continue
             gradients = [p.grad for p in params]
             if group["weight_decay"]:
-                gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+                decayed = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+                gradients = list(decayed)
             for p in params:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)

@@ -71,13 +71,15 @@ def summarise_window(
         return group_norms(differences)
 
     norms = group_norms(weights)
-    report = torch.cat([
-        torch.stack(list(steps)).mean(dim=0),
-        group_norms(gradients),
-        distances(initial) / group_norms(initial).clamp_min(1e-12),
-        distances(previous) / norms.clamp_min(1e-12),
-        norms,
-    ]).tolist()
+    report = torch.cat(
+        [
+            torch.stack(list(steps)).mean(dim=0),
+            group_norms(gradients),
+            distances(initial) / group_norms(initial).clamp_min(1e-12),
+            distances(previous) / norms.clamp_min(1e-12),
+            norms,
+        ]
+    ).tolist()
     ce, kl, objective, head_mean, head_std = report[:5]
     count = len(weights)
     grad_norms, drifts, ratios, weight_norms = (
@@ -90,5 +92,6 @@ def summarise_window(
         cause = "a gradient norm is not finite"
     elif not all(map(math.isfinite, (*weight_norms, *drifts, *ratios))):
         cause = "a weight is not finite"
-    return Telemetry(ce, kl, objective, head_mean, head_std, grad_norms, drifts, ratios,
-                     bool(cause), cause)
+    return Telemetry(
+        ce, kl, objective, head_mean, head_std, grad_norms, drifts, ratios, bool(cause), cause
+    )

@@ -137,9 +137,7 @@ class Trainer:
             loss = objective(ce, kl, self.guidance)
             self._optimizer.zero_grad()
             loss.backward()
-            factor = lr_factor(
-                self.settings.lr_factor, self.inner_step, self.settings.total_steps
-            )
+            factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
             set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
             self._optimizer.step()
             with torch.no_grad():
@@ -160,9 +158,13 @@ class Trainer:
         kl = kl_to_teacher(self._teacher["train"][index], old_logits)
         loss = objective(ce, kl, self.guidance)
         std, mean = torch.std_mean(self.optimizee.head_weight())
-        values = torch.stack((ce, kl, loss, mean, std)).tolist()
+        ce_now, kl_now, loss_now, head_mean, head_std = torch.stack(
+            (ce, kl, loss, mean, std)
+        ).tolist()
         zeros = (0.0,) * len(self._groups)
-        return Telemetry(*values, zeros, zeros, zeros, diverged=False, cause="")
+        return Telemetry(
+            ce_now, kl_now, loss_now, head_mean, head_std, zeros, zeros, zeros, False, ""
+        )
 
     @torch.no_grad()
     def evaluate(self, split: str) -> Evaluation:

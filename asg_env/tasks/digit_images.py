@@ -99,17 +99,21 @@ def _handwritten(image_size: int) -> Arrays:
 
     pixels, digits = mnist_data()
     scans = [Image.fromarray(row.reshape(28, 28).astype(np.uint8)) for row in pixels]
-    images = np.stack([np.asarray(scan.resize((image_size, image_size), Image.Resampling.BOX))
-                       for scan in scans])[:, None]
+    images = np.stack(
+        [np.asarray(scan.resize((image_size, image_size), Image.Resampling.BOX)) for scan in scans]
+    )[:, None]
     rows: dict[str, list[np.ndarray]] = {}
     generator = numpy_generator(RENDER_SEED, "split")
     for digit in range(10):
         order = generator.permutation(np.flatnonzero(digits == digit))
-        sizes = OLD_TASK_SIZES if digit in OLD_CLASSES else {
-            split: SPLIT_SIZES[split] for split in ("outer_valid", "test")}
+        sizes = (
+            OLD_TASK_SIZES
+            if digit in OLD_CLASSES
+            else {split: SPLIT_SIZES[split] for split in ("outer_valid", "test")}
+        )
         start = 0
         for split, size in sizes.items():
-            rows.setdefault(split, []).append(order[start:start + size])
+            rows.setdefault(split, []).append(order[start : start + size])
             start += size
     arrays = {}
     for split, parts in rows.items():
@@ -143,7 +147,12 @@ def render_digit(digit: int, image_size: int, generator: np.random.Generator) ->
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{font_file}.ttf", size)
     image = Image.new("L", (canvas, canvas))
     ImageDraw.Draw(image).text(
-        (canvas / 2 + shift[0], canvas / 2 + shift[1]), str(digit), font=font, fill=255,
-        stroke_width=stroke, anchor="mm")
+        (canvas / 2 + shift[0], canvas / 2 + shift[1]),
+        str(digit),
+        font=font,
+        fill=255,
+        stroke_width=stroke,
+        anchor="mm",
+    )
     image = image.rotate(angle, resample=Image.Resampling.BILINEAR)
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BOX))

