@@ -146,7 +146,9 @@ class LSTMPolicyNetwork(nn.Module):
         for index, (column, encoder) in enumerate(zip(self.layout.shared, encoders, strict=True)):
             own = slice(index * self.hidden_size, (index + 1) * self.hidden_size)
             hidden, cell = (part[None, :, own].contiguous() for part in state)
-            output, (hidden, cell) = encoder.rnn(observations[..., column, None], (hidden, cell))
+            output, (hidden, cell) = cast(_StateEncoder, encoder).rnn(
+                observations[..., column, None], (hidden, cell)
+            )
             features.append(output)
             states.append(torch.cat((hidden, cell)))
         logits = [

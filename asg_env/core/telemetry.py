@@ -38,50 +38,51 @@ class Telemetry:
     cause: str
 
 
-def group_norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
-    """L2 norm over all tensors of each group, shape (G,), without a host sync."""
-    flat = [tensor for group in tensors for tensor in group]
-    norms = torch._foreach_norm(flat)
-    parts = torch.stack(norms).split([len(group) for group in tensors])
-    return torch.stack([torch.linalg.vector_norm(part) for part in parts])
+def group_norms(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """L2 norm over all tensors of each group, shape (G,), without a host sync.
+
+    Args:
+        tensors: One per parameter, group after group.
+        sizes: Number of parameters in each group.
+    """
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    return torch.stack([torch.linalg.vector_norm(part) for part in norms.split(list(sizes))])
 
 
 def summarise_window(
     steps: Sequence[Tensor],
-    weights: Sequence[Sequence[Tensor]],
-    gradients: Sequence[Sequence[Tensor]],
-    initial: Sequence[Sequence[Tensor]],
-    previous: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    previous: Sequence[Tensor],
 ) -> Telemetry:
     """Reduce a window to its report; the `.tolist()` below is the window's one host sync.
 
     Args:
-        steps: Per inner step the vector (ce, kl, objective, head mean, head std).
-        weights: Parameters after the window, per layer group.
-        gradients: Gradients of the last inner step, per layer group.
-        initial: Parameters at the start of training, per layer group.
-        previous: Parameters at the start of the window, per layer group.
+        steps: Per inner step its ce, kl, objective, head mean and head std, one after another.
+        sizes: Number of parameters in each layer group.
+        weights: Parameters after the window, group after group.
+        gradients: Gradients of the last inner step.
+        initial: Parameters at the start of training.
+        previous: Parameters at the start of the window.
     """
 
-    def distances(reference: Sequence[Sequence[Tensor]]) -> Tensor:
-        differences = [
-            torch._foreach_sub(list(now), list(then))
-            for now, then in zip(weights, reference, strict=True)
-        ]
-        return group_norms(differences)
+    def distance(reference: Sequence[Tensor]) -> Tensor:
+        return group_norms(torch._foreach_sub(list(weights), list(reference)), sizes)
 
-    norms = group_norms(weights)
+    norms = group_norms(weights, sizes)
     report = torch.cat(
         [
-            torch.stack(list(steps)).mean(dim=0),
-            group_norms(gradients),
-            distances(initial) / group_norms(initial).clamp_min(1e-12),
-            distances(previous) / norms.clamp_min(1e-12),
+            torch.stack(list(steps)).view(-1, 5).mean(dim=0),
+            group_norms(gradients, sizes),
+            distance(initial) / group_norms(initial, sizes).clamp_min(1e-12),
+            distance(previous) / norms.clamp_min(1e-12),
             norms,
         ]
     ).tolist()
     ce, kl, objective, head_mean, head_std = report[:5]
-    count = len(weights)
+    count = len(sizes)
     grad_norms, drifts, ratios, weight_norms = (
         tuple(report[5 + count * i : 5 + count * (i + 1)]) for i in range(4)
     )

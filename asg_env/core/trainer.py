@@ -86,7 +86,12 @@ class Trainer:
         self._device = device
         self.patterns = patterns
         self._pretrained = [tensor.clone() for tensor in optimizee.state_dict().values()]
-        self._groups = list(split_parameters(optimizee, patterns).values())
+        groups = list(split_parameters(optimizee, patterns).values())
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._group_sizes = [len(group) for group in groups]
+        # Written in place: a fresh copy every window would cost more than the copying.
+        self._initial = [p.detach().clone() for p in self._parameters]
+        self._previous = [p.detach().clone() for p in self._parameters]
         self._teacher: dict[str, Tensor] = {}
         self._teacher_log_probs("train")  # while the weights are the teacher's own
         if "old_task" in self.splits:
@@ -103,8 +108,8 @@ class Trainer:
         """
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), self._pretrained)
-        self.optimizee.initialise_head(torch_generator(head_seed, "head"))
-        self._initial = [[p.detach().clone() for p in group] for group in self._groups]
+            self.optimizee.initialise_head(torch_generator(head_seed, "head"))
+            torch._foreach_copy_(self._initial, self._parameters)
         self._base_lr = self.settings.base_lr * base_lr_scale
         self._order = DataOrder(
             len(self.splits["train"]), self.settings.batch_size, data_seed, self._device
@@ -127,8 +132,9 @@ class Trainer:
         """
         train, teacher = self.splits["train"], self._teacher["train"]
         head_weight = self.optimizee.head_weight()
-        previous = [[p.detach().clone() for p in group] for group in self._groups]
-        records = []
+        with torch.no_grad():
+            torch._foreach_copy_(self._previous, self._parameters)
+        records: list[Tensor] = []
         for _ in range(steps):
             index = self._order.indices(self.inner_step)
             logits, old_logits = self.optimizee(train.batch(index))
@@ -140,13 +146,19 @@ class Trainer:
             factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
             set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
             self._optimizer.step()
-            with torch.no_grad():
-                std, mean = torch.std_mean(head_weight)
-                records.append(torch.stack((ce, kl, loss, mean, std)))
+            std, mean = torch.std_mean(head_weight.detach())
+            records += (ce.detach(), kl.detach(), loss.detach(), mean, std)
             self.inner_step += 1
-        gradients = [[p.grad for p in group if p.grad is not None] for group in self._groups]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         with torch.no_grad():
-            return summarise_window(records, self._groups, gradients, self._initial, previous)
+            return summarise_window(
+                records,
+                self._group_sizes,
+                self._parameters,
+                gradients,
+                self._initial,
+                self._previous,
+            )
 
     @torch.no_grad()
     def initial_report(self, batches: int) -> Telemetry:
@@ -161,7 +173,7 @@ class Trainer:
         ce_now, kl_now, loss_now, head_mean, head_std = torch.stack(
             (ce, kl, loss, mean, std)
         ).tolist()
-        zeros = (0.0,) * len(self._groups)
+        zeros = (0.0,) * len(self._group_sizes)
         return Telemetry(
             ce_now, kl_now, loss_now, head_mean, head_std, zeros, zeros, zeros, False, ""
         )
@@ -184,7 +196,7 @@ class Trainer:
         """Return everything that the next inner step depends on, as an independent copy."""
         return {
             "optimizee": [t.clone() for t in self.optimizee.state_dict().values()],
-            "initial": [[t.clone() for t in group] for group in self._initial],
+            "initial": [t.clone() for t in self._initial],
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "base_lr": self._base_lr,
             "data_seed": self._data_seed,
@@ -196,7 +208,7 @@ class Trainer:
         self.reset(head_seed=0, data_seed=snapshot["data_seed"])
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), snapshot["optimizee"])
-        self._initial = [[t.clone() for t in group] for group in snapshot["initial"]]
+            torch._foreach_copy_(self._initial, snapshot["initial"])
         self._optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
         self._base_lr = snapshot["base_lr"]
         self.inner_step = snapshot["inner_step"]
