@@ -61,16 +61,16 @@ class PPOSettings(Settings):
     """`agent:` of an experiment file, for `kind: ppo`."""
 
     kind: Literal["ppo"] = "ppo"
-    updates: Annotated[int, Field(ge=1)] = 120
-    episodes_per_update: Annotated[int, Field(ge=2)] = 16  # more where some diverge early
+    updates: Annotated[int, Field(ge=1)] = 60
+    episodes_per_update: Annotated[int, Field(ge=2)] = 32  # more where some diverge early
     environments: Annotated[int, Field(ge=1)] = 8  # [processes], whatever train.workers is
     hidden_size: Annotated[int, Field(ge=1)] = 64
     policy_lr: Annotated[float, Field(gt=0)] = 1e-3
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    entropy: Annotated[float, Field(ge=0)] = 0.003  # bonus per nat, of all layer groups together
-    passes: Annotated[int, Field(ge=1)] = 10  # over each update's env steps
-    minibatch_size: Annotated[int, Field(ge=2)] = 60  # [env steps]
+    entropy: Annotated[float, Field(ge=0)] = 0.002  # bonus per nat, summed over layer groups
+    passes: Annotated[int, Field(ge=1)] = 4  # over each update's env steps
+    minibatch_size: Annotated[int, Field(ge=2)] = 120  # [env steps]
     clip_ratio: Annotated[float, Field(gt=0)] = 0.2
 
     @model_validator(mode="after")

@@ -235,19 +235,16 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         return instance
 
     def _measure(self) -> Measurements:
-        accuracy, loss, agreement = {}, {}, None
+        """Evaluate the splits that reward and observation need; bounds after divergence."""
+        accuracy, loss, agreement = {}, {}, 0.0
         for split in self._measured:
             if self._telemetry.diverged:
-                accuracy[split], loss[split], agreed = 0.0, LOSS_BOUND, 0.0
+                accuracy[split], loss[split] = 0.0, LOSS_BOUND
+            elif split == "old_task":
+                agreement = self.trainer.agreement(split)
             else:
                 result = self.trainer.evaluate(split)
-                accuracy[split], loss[split], agreed = (
-                    result.accuracy,
-                    result.loss,
-                    result.agreement,
-                )
-            if split == "old_task":
-                agreement = agreed
+                accuracy[split], loss[split] = result.accuracy, result.loss
         return Measurements(accuracy, loss, agreement, self._telemetry.objective)
 
     def _progress(self) -> float:

@@ -95,7 +95,7 @@ class Observation:
                     1 + _scaled_log(telemetry.update_ratios, 1e-4, 5),
                 ]
             values = np.concatenate(parts)
-        values = np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        values = np.where(np.isnan(values), np.inf, values)
         return np.asarray(np.clip(values, self.space.low, self.space.high), dtype=np.float32)
 
 

@@ -10,19 +10,19 @@ DEFAULT_REWARD = "gain"
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the reward of one env step may be made of; None where nothing asked for it.
+    """What the reward of one env step may be made of.
 
     Attributes:
         accuracy: By split, `outer_valid` and `inner_valid`; 0 after divergence.
         loss: By split, nats.
         agreement: Share of `old_task` images on which the old head still agrees with the
-            teacher; no label is read. 0 after divergence.
+            teacher; no label is read. 0 after divergence, and where nothing asked for it.
         objective: Mean training objective of the window, nats.
     """
 
     accuracy: Mapping[str, float]
     loss: Mapping[str, float]
-    agreement: float | None
+    agreement: float
     objective: float
 
 
@@ -68,7 +68,7 @@ REWARD_TERMS: dict[str, RewardTerm] = {
     **_validation_terms("inner_valid", "inner_valid_"),
     "retention": RewardTerm(
         "old_task",
-        lambda now, before, last: (now.agreement or 0.0) - (before.agreement or 0.0),
+        lambda now, before, last: now.agreement - before.agreement,
         "gain in agreement with the teacher on held-out old-task images (no label read)",
     ),
     "train_loss": RewardTerm(

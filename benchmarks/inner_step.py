@@ -73,7 +73,7 @@ class BareLoop:
     def _validate(self) -> float:
         model, data = self._trainer.optimizee, self._trainer.splits["outer_valid"]
         logits = model.head(model.backbone(data.batch(slice(None))))
-        return (logits.argmax(dim=1) == data.labels).float().mean().item()
+        return float((logits.argmax(dim=1) == data.labels).float().mean())
 
 
 def our_trainer(trainer: Trainer, windows: Sequence[int]) -> None:

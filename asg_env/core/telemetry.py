@@ -38,20 +38,25 @@ class Telemetry:
     cause: str
 
 
-def group_norms(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """L2 norm over all tensors of each group, shape (G,), without a host sync.
+def group_norms(tensors: Sequence[Tensor], owners: Tensor, groups: int) -> Tensor:
+    """L2 norms of several lists of parameters, layer group by layer group, without a host sync.
 
     Args:
-        tensors: One per parameter, group after group.
-        sizes: Number of parameters in each group.
+        tensors: R lists of P tensors each, one list after another.
+        owners: Index of each parameter's layer group, int64, shape (P,).
+        groups: G.
+
+    Returns:
+        Norms, shape (R, G).
     """
-    norms = torch.stack(torch._foreach_norm(list(tensors)))
-    return torch.stack([torch.linalg.vector_norm(part) for part in norms.split(list(sizes))])
+    squares = torch.stack(torch._foreach_norm(list(tensors))).square_().view(-1, len(owners))
+    return squares.new_zeros(len(squares), groups).index_add_(1, owners, squares).sqrt_()
 
 
 def summarise_window(
     steps: Sequence[Tensor],
-    sizes: Sequence[int],
+    owners: Tensor,
+    groups: int,
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     initial: Sequence[Tensor],
@@ -61,37 +66,30 @@ def summarise_window(
 
     Args:
         steps: Per inner step its ce, kl, objective, head mean and head std, one after another.
-        sizes: Number of parameters in each layer group.
+        owners: Index of each parameter's layer group, int64, shape (P,).
+        groups: G.
         weights: Parameters after the window, group after group.
         gradients: Gradients of the last inner step.
         initial: Parameters at the start of training.
         previous: Parameters at the start of the window.
     """
-
-    def distance(reference: Sequence[Tensor]) -> Tensor:
-        return group_norms(torch._foreach_sub(list(weights), list(reference)), sizes)
-
-    norms = group_norms(weights, sizes)
-    report = torch.cat(
-        [
-            torch.stack(list(steps)).view(-1, 5).mean(dim=0),
-            group_norms(gradients, sizes),
-            distance(initial) / group_norms(initial, sizes).clamp_min(1e-12),
-            distance(previous) / norms.clamp_min(1e-12),
-            norms,
-        ]
-    ).tolist()
+    moved = torch._foreach_sub(list(weights), list(initial))
+    stepped = torch._foreach_sub(list(weights), list(previous))
+    norms = group_norms([*weights, *gradients, *initial, *moved, *stepped], owners, groups)
+    means = torch.stack(list(steps)).view(-1, 5).mean(dim=0)
+    report = torch.cat([means, norms.flatten()]).tolist()
     ce, kl, objective, head_mean, head_std = report[:5]
-    count = len(sizes)
-    grad_norms, drifts, ratios, weight_norms = (
-        tuple(report[5 + count * i : 5 + count * (i + 1)]) for i in range(4)
+    weight_norms, grad_norms, initial_norms, moved_norms, stepped_norms = (
+        tuple(report[5 + groups * i : 5 + groups * (i + 1)]) for i in range(5)
     )
+    drifts = tuple(m / max(n, 1e-12) for m, n in zip(moved_norms, initial_norms, strict=True))
+    ratios = tuple(s / max(n, 1e-12) for s, n in zip(stepped_norms, weight_norms, strict=True))
     cause = ""
     if not all(map(math.isfinite, (ce, kl, objective))):
         cause = "a training loss is not finite"
     elif not all(map(math.isfinite, grad_norms)):
         cause = "a gradient norm is not finite"
-    elif not all(map(math.isfinite, (*weight_norms, *drifts, *ratios))):
+    elif not all(map(math.isfinite, (*weight_norms, *moved_norms, *stepped_norms))):
         cause = "a weight is not finite"
     return Telemetry(
         ce, kl, objective, head_mean, head_std, grad_norms, drifts, ratios, bool(cause), cause

@@ -52,13 +52,11 @@ class Evaluation:
     Attributes:
         accuracy: Share classified rightly by the new head (`old_task`: by the old head).
         loss: Cross-entropy of that head, mean over images, nats.
-        agreement: Share where the old head predicts what the teacher predicts.
         correct: Per image, shape (N,), bool, on the CPU.
     """
 
     accuracy: float
     loss: float
-    agreement: float
     correct: Tensor
 
 
@@ -88,7 +86,8 @@ class Trainer:
         self._pretrained = [tensor.clone() for tensor in optimizee.state_dict().values()]
         groups = list(split_parameters(optimizee, patterns).values())
         self._parameters = [parameter for group in groups for parameter in group]
-        self._group_sizes = [len(group) for group in groups]
+        owners = [index for index, group in enumerate(groups) for _ in group]
+        self._owners = torch.tensor(owners, device=device)
         # Written in place: a fresh copy every window would cost more than the copying.
         self._initial = [p.detach().clone() for p in self._parameters]
         self._previous = [p.detach().clone() for p in self._parameters]
@@ -130,6 +129,11 @@ class Trainer:
         Raises:
             ValueError: A multiplier is negative or not finite, or their number is wrong.
         """
+        if len(multipliers) != len(self.layer_groups):
+            raise ValueError(
+                f"the number of multipliers must be {len(self.layer_groups)}, one per layer group "
+                f"of {', '.join(self.layer_groups)}, got {len(multipliers)}"
+            )
         train, teacher = self.splits["train"], self._teacher["train"]
         head_weight = self.optimizee.head_weight()
         with torch.no_grad():
@@ -153,7 +157,8 @@ class Trainer:
         with torch.no_grad():
             return summarise_window(
                 records,
-                self._group_sizes,
+                self._owners,
+                len(self.layer_groups),
                 self._parameters,
                 gradients,
                 self._initial,
@@ -173,7 +178,7 @@ class Trainer:
         ce_now, kl_now, loss_now, head_mean, head_std = torch.stack(
             (ce, kl, loss, mean, std)
         ).tolist()
-        zeros = (0.0,) * len(self._group_sizes)
+        zeros = (0.0,) * len(self.layer_groups)
         return Telemetry(
             ce_now, kl_now, loss_now, head_mean, head_std, zeros, zeros, zeros, False, ""
         )
@@ -182,15 +187,18 @@ class Trainer:
     def evaluate(self, split: str) -> Evaluation:
         """Run the optimizee over a whole split; `old_task` is scored through the old head."""
         data = self.splits[split]
-        logits, old_logits = self._forward_all(data)
-        scores = old_logits if split == "old_task" else logits
+        scores = self._forward_all(data)[1 if split == "old_task" else 0]
         correct = accuracy_counts(scores, data.labels)
-        agreement = accuracy_counts(old_logits, self._teacher_log_probs(split).argmax(dim=1))
         loss = task_loss(scores, data.labels)
-        accuracy, mean_loss, agreed = torch.stack(
-            (correct.float().mean(), loss, agreement.float().mean())
-        ).tolist()
-        return Evaluation(accuracy, mean_loss, agreed, correct.cpu())
+        accuracy, mean_loss = torch.stack((correct.float().mean(), loss)).tolist()
+        return Evaluation(accuracy, mean_loss, correct.cpu())
+
+    @torch.no_grad()
+    def agreement(self, split: str) -> float:
+        """Share of images on which the old head predicts what the teacher predicts; no label."""
+        old_logits = self._forward_all(self.splits[split])[1]
+        agreed = accuracy_counts(old_logits, self._teacher_log_probs(split).argmax(dim=1))
+        return agreed.float().mean().item()
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that the next inner step depends on, as an independent copy."""

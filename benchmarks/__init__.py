@@ -1,0 +1,1 @@
+"""Speed and calibration scripts, run by hand."""

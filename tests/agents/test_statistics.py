@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from agents import statistics
+from agents.statistics import bootstrap_iqm, interquartile_mean
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def images_without_noise(units: np.ndarray, images: int = 20) -> np.ndarray:
+    """Right everywhere or nowhere, so that resampling images changes nothing; (S, I, N)."""
+    return np.repeat(units[..., None].astype(bool), images, axis=-1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 40, 41])
+def test_interquartile_mean_equals_scipys_trimmed_mean(count):
+    values = rng(count).normal(size=count)
+    assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-12)
+
+
+def test_interquartile_mean_reduces_the_axis_it_is_given():
+    values = rng().normal(size=(6, 9))
+    np.testing.assert_allclose(
+        interquartile_mean(values, axis=0), stats.trim_mean(values, 0.25, axis=0)
+    )
+
+
+def test_interquartile_mean_ignores_one_wild_value():
+    assert interquartile_mean(np.array([1.0, 1.0, 1.0, 1000.0])) == 1.0
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_bootstrap_has_zero_width_when_every_run_is_alike(right):
+    estimate = bootstrap_iqm(np.full((2, 6, 30), right), rng())
+    assert estimate.value == float(right)
+    assert estimate.low == pytest.approx(float(right), abs=1e-5)
+    assert estimate.high == pytest.approx(float(right), abs=1e-5)
+    assert (estimate.seeds, estimate.instances) == (2, 6)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_bootstrap_difference_of_a_method_with_itself_is_exactly_zero(seeds):
+    correct = rng().random((seeds, 8, 50)) < 0.6
+    estimate = bootstrap_iqm(correct, rng(1), minus=correct)
+    assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
+
+
+def test_bootstrap_difference_is_paired_by_instance():
+    # Instances differ widely, the second method is better by the same amount on each: paired,
+    # the interval is narrow; unpaired it would span the instances.
+    images = 100
+    base = np.linspace(0.1, 0.8, 10)
+    worse = np.arange(images) < (base[:, None] * images).round()
+    better = np.arange(images) < ((base[:, None] + 0.1) * images).round()
+    paired = bootstrap_iqm(better[None], rng(), minus=worse[None])
+    alone = bootstrap_iqm(better[None], rng())
+    assert paired.value == pytest.approx(0.1, abs=1e-6)
+    assert 0 < paired.low < paired.high < 0.2
+    assert alone.high - alone.low > 2 * (paired.high - paired.low)
+
+
+def test_bootstrap_difference_takes_one_seed_of_the_other_side_against_many():
+    correct = rng().random((3, 8, 50)) < 0.7
+    other = rng(1).random((1, 8, 50)) < 0.5
+    estimate = bootstrap_iqm(correct, rng(2), minus=other)
+    units = correct.mean(axis=-1) - other.mean(axis=-1)
+    assert estimate.value == pytest.approx(float(interquartile_mean(units.reshape(-1))), abs=1e-6)
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_bootstrap_repeats_with_the_same_generator_and_differs_with_another():
+    correct = rng().random((2, 10, 40)) < 0.6
+    assert bootstrap_iqm(correct, rng(5)) == bootstrap_iqm(correct, rng(5))
+    assert bootstrap_iqm(correct, rng(5)) != bootstrap_iqm(correct, rng(6))
+
+
+def test_bootstrap_agrees_with_scipy_when_only_instances_vary():
+    units = rng(3).random((1, 24)) < 0.6
+    ours = bootstrap_iqm(images_without_noise(units), rng(4))
+    theirs = stats.bootstrap(
+        (units[0].astype(float),),
+        lambda values, axis: stats.trim_mean(values, 0.25, axis=axis),
+        method="percentile",
+        n_resamples=4000,
+        rng=rng(5),
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.09)
+    assert ours.high == pytest.approx(theirs.high, abs=0.09)
+    assert ours.high - ours.low > 0.3
+
+
+def test_bootstrap_interval_widens_with_each_source_of_noise(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    shares = np.full((3, 12), 0.6)
+    images = np.arange(50)[None, None] < (shares * 50)[..., None]  # image noise alone
+
+    def width(correct: np.ndarray) -> float:
+        estimate = bootstrap_iqm(correct, rng(7))
+        return estimate.high - estimate.low
+
+    by_instance = shares + np.linspace(-0.3, 0.3, 12)
+    by_seed = by_instance + np.array([[-0.1], [0.0], [0.1]])
+    widths = [
+        width(images),
+        width(np.arange(50)[None, None] < (by_instance * 50)[..., None]),
+        width(np.arange(50)[None, None] < (by_seed * 50)[..., None]),
+    ]
+    assert 0 < widths[0]
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+    generator = rng(8)
+    covered = 0
+    for _ in range(100):
+        means = np.clip(generator.normal(0.6, 0.1, size=24), 0, 1)  # symmetric: the IQM is .6
+        correct = generator.random((1, 24, 60)) < means[:, None]
+        estimate = bootstrap_iqm(correct, generator)
+        covered += estimate.low <= 0.6 <= estimate.high
+    assert 85 <= covered <= 100
