@@ -32,11 +32,11 @@ class ReinforceSettings(Settings):
     """`agent:` of an experiment file, for `kind: reinforce`."""
 
     kind: Literal["reinforce"] = "reinforce"
-    updates: Annotated[int, Field(ge=1)] = 60
+    updates: Annotated[int, Field(ge=1)] = 40
     instances_per_update: Annotated[int, Field(ge=1)] = 4
     rollouts_per_instance: Annotated[int, Field(ge=2)] = 8
     hidden_size: Annotated[int, Field(ge=1)] = 20
-    policy_lr: Annotated[float, Field(gt=0)] = 3e-3
+    policy_lr: Annotated[float, Field(gt=0)] = 0.01
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     entropy_start: Annotated[float, Field(ge=0)] = 0.01  # bonus per nat, first update
     entropy_end: Annotated[float, Field(ge=0)] = 0.0  # bonus per nat, last update

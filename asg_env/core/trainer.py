@@ -85,7 +85,7 @@ class Trainer:
         self.patterns = patterns
         self._pretrained = [tensor.clone() for tensor in optimizee.state_dict().values()]
         groups = list(split_parameters(optimizee, patterns).values())
-        self._parameters = [parameter for group in groups for parameter in group]
+        self._parameters: list[Tensor] = [p for group in groups for p in group]
         owners = [index for index, group in enumerate(groups) for _ in group]
         self._owners = torch.tensor(owners, device=device)
         # Written in place: a fresh copy every window would cost more than the copying.
