@@ -44,7 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Learn layer-wise learning rates for synthetic-to-real training.",
 )
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=110)
 
 RunPath = Annotated[Path, typer.Argument(help="Run folder: the --out of an `asg train`.")]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes.")]

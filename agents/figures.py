@@ -13,14 +13,15 @@ from agents.evaluate import Row
 from agents.rollout import Episode
 
 HIGHLIGHT = "#c2410c"
-OTHERS = ("#1d4ed8", "#047857", "#7c3aed", "#525252")
+OTHERS = {"static search": "#1d4ed8", "uniform": "#047857", "back-off": "#525252"}
 FLOOR = 1e-3  # multipliers at or below are drawn as this, 0 included
+SCALE_BANDS = (0.0, 0.46, 2.15, float("inf"))  # thirds of the log range 0.1 to 10
 
 
 def draw_run(
     rows: Sequence[Row], summary: dict[str, Any], layer_groups: Sequence[str], path: Path
 ) -> None:
-    """Draw the controller's heat map, the accuracy curves and the comparison.
+    """Draw the controller's heat maps, the accuracy curves and the comparison.
 
     Args:
         rows: Results, the controller first.
@@ -28,12 +29,12 @@ def draw_run(
         layer_groups: Names, input to head.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(13, 4.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 7.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    heat, curves, bars = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1.2))
-    episodes = _episodes(rows[0])
-    _heat_map(figure, heat, episodes, layer_groups)
-    _accuracy_curves(curves, rows, summary)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(0.8, 1))
+    _heat_maps(parts[0], _episodes(rows[0]), layer_groups)
+    curves, bars = parts[1].subplots(1, 2)
+    _accuracy_curves(curves, rows)
     _comparison(bars, summary)
     save_figure(figure, path)
 
@@ -49,30 +50,39 @@ def _episodes(row: Row) -> list[Episode]:
     return [result.episode for results in row.results for result in results]
 
 
-def _heat_map(
-    figure: Figure, axes: Any, episodes: Sequence[Episode], layer_groups: Sequence[str]
-) -> None:
-    horizon = max(len(e.multipliers) for e in episodes)
-    grid = np.full((len(episodes), horizon, len(layer_groups)), np.nan)
-    for row, episode in zip(grid, episodes, strict=True):
-        row[: len(episode.multipliers)] = np.log10(np.maximum(episode.multipliers, FLOOR))
-    image = axes.imshow(
-        np.nanmean(grid, axis=0).T,
-        aspect="auto",
-        cmap="viridis",
-        vmin=-3,
-        vmax=0,
-        extent=(0, 1, len(layer_groups) - 0.5, -0.5),
-    )
-    axes.set_yticks(range(len(layer_groups)), layer_groups)
-    axes.set_xlabel("progress of the training")
-    axes.set_title("controller: mean log10 multiplier")
-    figure.colorbar(image, ax=axes)
+def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[str]) -> None:
+    """Geometric-mean multipliers, one map for each third of the hidden scales that is there."""
+    bands = []
+    for low, high in zip(SCALE_BANDS[:-1], SCALE_BANDS[1:], strict=True):
+        inside = [e for e in episodes if low <= e.instance.base_lr_scale < high]
+        if inside:
+            scales = [e.instance.base_lr_scale for e in inside]
+            bands.append((f"hidden scale {min(scales):.2g} to {max(scales):.2g}", inside))
+    axes = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
+    for panel, (title, inside) in zip(axes, bands, strict=True):
+        horizon = max(len(e.multipliers) for e in inside)
+        grid = np.full((len(inside), horizon, len(layer_groups)), np.nan)
+        for row, episode in zip(grid, inside, strict=True):
+            row[: len(episode.multipliers)] = np.log10(np.maximum(episode.multipliers, FLOOR))
+        image = panel.imshow(
+            np.nanmean(grid, axis=0).T,
+            aspect="auto",
+            cmap="viridis",
+            vmin=-3,
+            vmax=0,
+            extent=(0, 1, len(layer_groups) - 0.5, -0.5),
+        )
+        panel.set_yticks(range(len(layer_groups)), layer_groups)
+        panel.set_xlabel("progress of the training")
+        panel.set_title(f"{title} ({len(inside)} runs)", fontsize=10)
+    bar = figure.colorbar(image, ax=list(axes), label="multiplier", ticks=[-3, -2, -1, 0])
+    bar.ax.set_yticklabels(["≤ 0.001", "0.01", "0.1", "1"])
+    figure.suptitle("What the controller does on unseen instances", fontsize=11)
 
 
-def _accuracy_curves(axes: Any, rows: Sequence[Row], summary: dict[str, Any]) -> None:
-    others = [r for r in rows[1:] if r.name in ("static search", "uniform", "cosine", "back-off")]
-    for row, colour in zip([rows[0], *others], (HIGHLIGHT, *OTHERS), strict=False):
+def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
+    others = [row for row in rows[1:] if row.name in OTHERS]
+    for row in [rows[0], *others]:
         episodes = [e for e in _episodes(row) if len(e.accuracy)]
         if not episodes:
             continue
@@ -81,12 +91,13 @@ def _accuracy_curves(axes: Any, rows: Sequence[Row], summary: dict[str, Any]) ->
         for line, episode in zip(curves, episodes, strict=True):
             line[: len(episode.accuracy)] = episode.accuracy
         x = np.arange(1, horizon + 1) / horizon
-        middle = curves.mean(axis=0)
+        colour = OTHERS.get(row.name, HIGHLIGHT)
         low, high = np.quantile(curves, (0.25, 0.75), axis=0)
-        axes.plot(x, middle, color=colour, label=row.name, lw=2 if row is rows[0] else 1.2)
+        axes.plot(x, curves.mean(axis=0), color=colour, label=row.name, lw=1.8)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axes.set_xlabel("progress of the training")
-    axes.set_title("outer_valid accuracy: mean and middle half of runs")
+    axes.set_ylabel("outer_valid accuracy")
+    axes.set_title("mean and middle half of the runs", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
 
 
@@ -99,6 +110,6 @@ def _comparison(axes: Any, summary: dict[str, Any]) -> None:
         axes.plot([estimate["low"], estimate["high"]], [height, height], color=colour, lw=2)
         axes.plot(estimate["iqm"], height, "o", color=colour, ms=5)
     axes.set_yticks(range(len(table)), [entry["name"] for entry in table], fontsize=8)
-    axes.set_xlabel("test accuracy: IQM, 95 % interval")
-    axes.set_title("unseen instances")
+    axes.set_xlabel("test accuracy")
+    axes.set_title("interquartile mean and 95 % interval (grey: knows the scale)", fontsize=10)
     axes.grid(axis="x", alpha=0.3)

@@ -1,7 +1,7 @@
 """The strongest hand-free static baseline: a seeded search for one multiplier vector."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from agents.rollout import Episode, RolloutPool, run_controller
 from asg_env.actions import GRIDS, GridName
 from asg_env.config import ConfigError
 from asg_env.core.seeding import numpy_generator
+from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, InstanceSet, draw_instance
 
 KEPT = 3  # of so many candidates one goes on to the next rung
@@ -36,6 +37,22 @@ class SearchResult:
     validation_images: int
 
 
+def run_to_score(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> Episode:
+    """Run a controller; its last accuracy is read even where the reward reads no real label."""
+    episode = run_controller(env, controller, instance)
+    if len(episode.accuracy):
+        return episode
+    accuracy, images = 0.0, 0
+    if not episode.diverged:
+        accuracy = env.trainer.evaluate("outer_valid").accuracy
+        images = len(env.trainer.splits["outer_valid"])
+    return replace(
+        episode,
+        accuracy=np.array([accuracy]),
+        validation_images=episode.validation_images + images,
+    )
+
+
 class Scorer:
     """Mean outer_valid accuracy of controllers on a growing list of train instances.
 
@@ -55,8 +72,8 @@ class Scorer:
             for instance in self._instances[done:instances]:
                 jobs.append((controller, instance))
                 owners.append(name)
-        for name, episode in zip(owners, self._pool.map(run_controller, jobs), strict=True):
-            self._scores[name].append(_final(episode))
+        for name, episode in zip(owners, self._pool.map(run_to_score, jobs), strict=True):
+            self._scores[name].append(float(episode.accuracy[-1]))
             self.episodes += 1
             self.inner_steps += episode.inner_steps
             self.validation_images += episode.validation_images
@@ -124,7 +141,3 @@ def search_static(
     return SearchResult(
         winner.vector, scores[best], scorer.episodes, scorer.inner_steps, scorer.validation_images
     )
-
-
-def _final(episode: Episode) -> float:
-    return float(episode.accuracy[-1])

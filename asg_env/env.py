@@ -142,7 +142,11 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         """
         if not self._running:
             raise ResetNeeded("the episode is over or was never started; call env.reset() first")
-        if not self.action_space.contains(np.asarray(action, dtype=self.action_space.dtype)):
+        given, dtype = np.asarray(action), self.action_space.dtype
+        assert dtype is not None
+        # No cast from float to integer: 1.7 is no index.
+        castable = np.can_cast(given.dtype, dtype, casting="same_kind")
+        if not castable or not self.action_space.contains(given.astype(dtype)):
             raise ValueError(f"action must lie in {self.action_space}, got {action!r}")
         return self.step_multipliers(self._action.decode(action, self._multipliers))
 
@@ -158,10 +162,11 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         """
         if not self._running:
             raise ResetNeeded("the episode is over or was never started; call env.reset() first")
-        self._multipliers = tuple(float(m) for m in multipliers)
-        self._previous_ce = self._telemetry.ce
+        multipliers = tuple(float(m) for m in multipliers)
+        telemetry = self.trainer.run(self._windows[self._step_index], multipliers)
+        self._multipliers = multipliers  # only now: refused multipliers change nothing
+        self._previous_ce, self._telemetry = self._telemetry.ce, telemetry
         before = self._measurements
-        self._telemetry = self.trainer.run(self._windows[self._step_index], self._multipliers)
         self._measurements = self._measure()
         self._step_index += 1
         terminated = self._step_index == self.horizon or self._telemetry.diverged

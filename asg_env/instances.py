@@ -47,8 +47,10 @@ class Instance:
             ValueError: A key is missing or unknown, or a value has the wrong type or range.
         """
         known = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"an instance must be a mapping, got {values!r}")
         if set(values) - known or not {"task", "head_seed", "data_seed"} <= set(values):
-            raise ValueError(f"an instance has the keys {sorted(known)}, got {sorted(values)}")
+            raise ValueError(f"an instance has the keys {sorted(known)}, got {list(values)}")
         instance = cls(**values)
         for name in ("head_seed", "data_seed"):
             value = getattr(instance, name)

@@ -8,6 +8,8 @@ parsing takes about a second and rendering two.
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -55,7 +57,7 @@ def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             pass  # a damaged cache is made again
     arrays = _make_images(image_size)
     _store(path, arrays)

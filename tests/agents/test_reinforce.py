@@ -484,7 +484,7 @@ def test_update_keeps_the_policy_near_when_the_ratio_is_clipped(make_episode):
         learner.update(episodes, 0.0)
         network = learner.policy.network
         log_probs, _ = network(torch.ones(1, 1, 2), network.initial_state(1))
-        return float(log_probs[0, 0, 0, 0].exp())
+        return log_probs[0, 0, 0, 0].exp().item()
 
     assert 0.36 < probability_after(0.2) < 0.5
     assert probability_after(1e6) > 0.9  # the control
