@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,16 +21,15 @@ from rich.progress import (
 from rich.table import Table
 
 from agents.baselines import FAMILIES, Controller
-from agents.evaluate import Evaluation, Row, summarise, test_network
+from agents.evaluate import compare, reward_in_words, summarise, test_network
 from agents.experiment import AGENT_MODULES, RunFolder, load_experiment
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.fit import LiveController, ScheduleController, fit
-from agents.policy import Policy, RandomPolicy
+from agents.policy import Policy
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
 from agents.rollout import RolloutPool
 from agents.train import estimate_minutes, load_policies, train
-from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError, EnvSettings, validate
 from asg_env.core.seeding import derive_seed
 from asg_env.env import build_trainer
@@ -96,9 +96,12 @@ def evaluate_command(
         int, typer.Option(min=1, max=40, help="Published test instances to judge on.")
     ] = 40,
     workers: Workers = 2,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Another run to judge too, may be repeated.")
+    ] = None,
 ) -> None:
     """Judge a trained controller on unseen instances, beside every baseline."""
-    _evaluate(RunFolder.open(run), instances, workers)
+    _evaluate(RunFolder.open(run), instances, workers, beside or ())
 
 
 @app.command("export")
@@ -272,23 +275,21 @@ def _train_with_progress(run: RunFolder) -> None:
         train(run, show)
 
 
-def _evaluate(run: RunFolder, count: int, workers: int) -> None:
-    policies = load_policies(run)
-    task = run.experiment.task
-    groups = tuple(load_task(task).layer_groups)
-    space = ACTIONS[run.experiment.env.action](run.experiment.env.grid, len(groups)).space
-    with (
-        RolloutPool(task, run.experiment.env, workers) as pool,
-        console.status("comparing") as status,
-    ):
-        evaluation = Evaluation(
-            run, pool, len(groups), lambda name: status.update(f"comparing: {name}")
+def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] = ()) -> None:
+    others = [RunFolder.open(path) for path in beside]
+    with console.status("comparing") as status:
+        rows = compare(
+            run,
+            load_policies(run),
+            [(other, load_policies(other)) for other in others],
+            count,
+            workers,
+            lambda name: status.update(f"comparing: {name}"),
         )
-        rows: list[Row] = evaluation.rows(policies, RandomPolicy(space), count)
-    reward = ", ".join(f"{w:g} x {n}" for n, w in run.experiment.env.reward.items())
-    summary = summarise(rows, reward)
+    summary = summarise(rows, reward_in_words(run.experiment))
     run.write_json("results.json", summary)
     (run.path / "results.md").write_text(results_markdown(summary), encoding="utf-8")
+    groups = tuple(load_task(run.experiment.task).layer_groups)
     draw_run(rows, summary, groups, run.path / "comparison.png")
     console.print(comparison_table(summary))
     console.print(f"written: {run.path}/results.json, results.md, comparison.png")
@@ -374,7 +375,8 @@ def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / "model.safetensors.tmp"
-        save_file(trainer.optimizee.state_dict(), str(temporary))
+        state = trainer.optimizee.state_dict()  # channels-last tensors are stored in plain order
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(temporary))
         temporary.replace(out / "model.safetensors")
         write_text(out / "fit.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:

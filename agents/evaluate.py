@@ -18,10 +18,13 @@ from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, SearchResult, search_static, train_instances
 from agents.statistics import Estimate, bootstrap_iqm
+from asg_env.actions import ACTIONS
+from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.core.trainer import Trainer
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
+from asg_env.tasks import load_task
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 PRIMARY = "controller (sampled)"  # what differences are taken from; fixed beforehand
@@ -125,6 +128,14 @@ class Evaluation:
         rows.append(self._policy_row("random policy", [random], listed, False, {}))
         return rows
 
+    def row_beside(self, policies: Sequence[Policy], count: int) -> Row:
+        """Judge this run's controller for the table of another run."""
+        experiment = self._experiment
+        listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
+        name = f"{self._run.path.name} ({experiment.agent.kind}, sampled)"
+        setting = "reward " + reward_in_words(experiment)
+        return self._policy_row(name, policies, listed, False, training_cost(self._run), setting)
+
     def _policy_row(
         self,
         name: str,
@@ -132,6 +143,7 @@ class Evaluation:
         listed: Sequence[Instance],
         deterministic: bool,
         spent: dict[str, int],
+        setting: str = "",
     ) -> Row:
         self._report(name)
         jobs = [
@@ -142,7 +154,7 @@ class Evaluation:
         results = list(self._pool.map(judge_policy, jobs))
         return Row(
             name,
-            "",
+            setting,
             _by_seed(results, len(listed)),
             spent.get("episodes", 0),
             spent.get("inner_steps", 0),
@@ -235,6 +247,50 @@ class Evaluation:
         result = search_static(scorer, experiment.env.grid, self._groups, budget, seed)
         self._run.write_json(file, result.__dict__)
         return result
+
+
+def compare(
+    run: RunFolder,
+    policies: Sequence[Policy],
+    beside: Sequence[tuple[RunFolder, Sequence[Policy]]],
+    count: int,
+    workers: int,
+    report: Callable[[str], None],
+) -> list[Row]:
+    """Judge a run's controller, every baseline, and the controllers of other runs.
+
+    Args:
+        run: The run; its controller's row comes first.
+        policies: Its policies, one per training seed.
+        beside: Other runs on the same task and instance set, with their policies.
+        count: Test instances.
+        workers: Worker processes.
+        report: Called with what is being judged.
+
+    Raises:
+        ConfigError: Another run is on another task or instance set.
+    """
+    experiment = run.experiment
+    for other, _ in beside:
+        theirs, ours = other.experiment, experiment
+        if (theirs.task, theirs.env.instances) != (ours.task, ours.env.instances):
+            raise ConfigError(
+                f"--beside {other.path} is on {theirs.task}, {theirs.env.instances}, this run on "
+                f"{ours.task}, {ours.env.instances}; compare runs on the same instances"
+            )
+    groups = len(load_task(experiment.task).layer_groups)
+    space = ACTIONS[experiment.env.action](experiment.env.grid, groups).space
+    with RolloutPool(experiment.task, experiment.env, workers) as pool:
+        rows = Evaluation(run, pool, groups, report).rows(policies, RandomPolicy(space), count)
+    for other, others in beside:
+        with RolloutPool(experiment.task, other.experiment.env, workers) as pool:
+            rows.append(Evaluation(other, pool, groups, report).row_beside(others, count))
+    return rows
+
+
+def reward_in_words(experiment: Experiment) -> str:
+    """Weights and terms of an experiment's reward."""
+    return ", ".join(f"{weight:g} x {name}" for name, weight in experiment.env.reward.items())
 
 
 def training_cost(run: RunFolder) -> dict[str, int]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from pydantic import Field
 
+from agents.search import FIRST_RUNG
 from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
 from asg_env.tasks import TASK_MODULES
 
@@ -38,12 +39,12 @@ class Experiment:
 
     def __init__(self, values: dict[str, Any]) -> None:
         values = dict(values)
-        unknown = sorted(set(values) - {"env", "agent", "train", "seed"})
+        unknown = sorted(set(values) - {"env", "agent", "train", "seed"}, key=str)
         if unknown:
             raise ConfigError(f"`{unknown[0]}` is unknown; known keys are agent, env, seed, train")
         env = _section(values, "env")
         self.task = env.pop("id", None)
-        if self.task not in TASK_MODULES:
+        if not isinstance(self.task, str) or self.task not in TASK_MODULES:
             raise ConfigError(
                 f"`env.id` must be one of {', '.join(TASK_MODULES)}, got {self.task!r}; set env.id"
             )
@@ -54,7 +55,7 @@ class Experiment:
             )
         agent = _section(values, "agent")
         kind = agent.get("kind")
-        if kind not in AGENT_MODULES:
+        if not isinstance(kind, str) or kind not in AGENT_MODULES:
             raise ConfigError(
                 f"`agent.kind` must be one of {', '.join(AGENT_MODULES)}, got {kind!r}; "
                 "set agent.kind"
@@ -62,6 +63,11 @@ class Experiment:
         self.agent_module = import_module(AGENT_MODULES[kind])
         self.agent = validate(self.agent_module.AgentSettings, agent, "agent")
         self.train = validate(TrainSettings, _section(values, "train"), "train")
+        if 0 < self.search_episodes < FIRST_RUNG:  # now, not after the training
+            raise ConfigError(
+                f"`train.search_episodes` must be 0 or >= {FIRST_RUNG}, got "
+                f"{self.search_episodes}; set it (left out, it is the episodes of training)"
+            )
         seed = values.get("seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"`seed` must be an integer >= 0, got {seed!r}; set seed")
@@ -177,8 +183,13 @@ class RunFolder:
                     "or choose another --out"
                 )
             return cls(path, experiment)
+        if config.exists() and not (path / "provenance.json").exists():
+            raise ConfigError(
+                f"{path} holds a config.yaml but no provenance.json, so it may be no run; "
+                "delete it yourself or choose another --out"
+            )
         try:
-            if config.exists() and (path / "provenance.json").exists():
+            if config.exists():
                 shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")

@@ -61,7 +61,7 @@ class PPOSettings(Settings):
     """`agent:` of an experiment file, for `kind: ppo`."""
 
     kind: Literal["ppo"] = "ppo"
-    updates: Annotated[int, Field(ge=1)] = 60
+    updates: Annotated[int, Field(ge=1)] = 40
     episodes_per_update: Annotated[int, Field(ge=2)] = 32  # more where some diverge early
     environments: Annotated[int, Field(ge=1)] = 8  # [processes], whatever train.workers is
     hidden_size: Annotated[int, Field(ge=1)] = 64
@@ -297,11 +297,10 @@ class Learner:
 
 def load_policy(path: Path, experiment: Any) -> PPOPolicy:
     """Policy of a checkpoint; see `Learner.load` for errors."""
+    both = spaces_of(experiment.task, experiment.env)
     with _one_sentence(path):
         _, _, tensors = _read(path)
-        return _policy(
-            spaces_of(experiment.task, experiment.env), experiment.agent, tensors["policy"]
-        )
+        return _policy(both, experiment.agent, tensors["policy"])
 
 
 def spaces_of(task: str, env: EnvSettings) -> tuple[spaces.Space[Any], spaces.Space[Any]]:

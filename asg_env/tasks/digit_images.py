@@ -8,6 +8,7 @@ parsing takes about a second and rendering two.
 import hashlib
 import os
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -39,6 +40,11 @@ FONTS = (
 )
 
 Arrays = dict[str, np.ndarray]
+# What zipfile, zlib and NumPy raise on a damaged archive.
+DAMAGE = (
+    *(OSError, ValueError, EOFError, KeyError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
@@ -57,7 +63,7 @@ def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        except DAMAGE:
             pass  # a damaged cache is made again
     arrays = _make_images(image_size)
     _store(path, arrays)

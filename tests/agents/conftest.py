@@ -19,7 +19,7 @@ from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
 
 TASK = "ASG/Digits-v0"
-TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50}
+TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "observation": "scaled"}
 TINY_EXPERIMENT = {
     "env": {"id": TASK, "instances": "unknown-scale", **TINY_ENV},
     "agent": {

@@ -23,7 +23,8 @@ from asg_env.config import ConfigError, EnvSettings, validate
 from asg_env.instances import published_test_instances
 
 TASK = "ASG/Digits-v0"
-TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50}
+TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "observation": "scaled"}
+PROBE_ENV = EnvSettings(horizon=3, observation="scaled")
 TINY_AGENT = {
     "kind": "ppo", "updates": 2, "episodes_per_update": 4, "environments": 2, "passes": 2,
     "minibatch_size": 6, "hidden_size": 8,
@@ -74,7 +75,10 @@ def _same(one: Any, other: Any) -> bool:
 # SB3's own API on the environment
 
 
-def test_stock_ppo_trains_on_the_registered_environment() -> None:
+def test_stock_ppo_trains_on_the_registered_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path))
     env = gym.make(TASK, **TINY_ENV)
     model = PPO("MlpPolicy", env, n_steps=6, batch_size=6, n_epochs=1, device="cpu", seed=0)
     before = [p.detach().clone() for p in model.policy.parameters()]
@@ -96,7 +100,7 @@ class _Probe(gym.Env[np.ndarray, Any]):
     images_per_measurement = 10
 
     def __init__(self, weight: float = 1.0, early: float = 0.0) -> None:
-        self.observation_space, self.action_space = spaces_of(TASK, EnvSettings())
+        self.observation_space, self.action_space = spaces_of(TASK, PROBE_ENV)
         self._weight, self._early = weight, early
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, Any]:
@@ -124,7 +128,7 @@ class _Probe(gym.Env[np.ndarray, Any]):
 
 def _probe_learner(updates: int, seed: int = 0) -> Learner:
     settings = PPOSettings(updates=updates, environments=4, minibatch_size=48)
-    return Learner(TASK, EnvSettings(horizon=3), settings, seed, 1)
+    return Learner(TASK, PROBE_ENV, settings, seed, 1)
 
 
 def _probes(weight: float = 1.0, early: float = 0.0) -> DummyVecEnv:

@@ -135,7 +135,9 @@ def test_run_moves_each_layer_group_by_its_multiplier(make_trainer, tiny_splits,
     train = tiny_splits["train"]
     loss = F.cross_entropy(trainer.optimizee(train.batch(index))[0], train.labels[index])
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in trainer.optimizee.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.clone() for n, p in trainer.optimizee.named_parameters() if p.grad is not None
+    }
 
     trainer.run(1, tuple(multipliers.values()))
 

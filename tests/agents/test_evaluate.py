@@ -1,0 +1,302 @@
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import agents
+import asg_env
+from agents import evaluate
+from agents.baselines import FAMILIES, KnownScale, Static
+from agents.evaluate import Evaluation, Row, judge_controller, judge_policy, summarise
+from agents.experiment import RunFolder
+from agents.policy import RandomPolicy
+from agents.rollout import run_controller, run_policy
+from agents.statistics import interquartile_mean
+from agents.train import load_policies, train
+from asg_env.instances import published_test_instances
+from asg_env.rewards import REWARD_TERMS
+
+TASK = "ASG/Digits-v0"
+SOURCES = [
+    path
+    for package in (agents, asg_env)
+    for path in sorted(Path(package.__file__).parent.rglob("*.py"))
+]
+
+
+# Who reads the test split
+
+
+def evaluates_test(source: str) -> bool:
+    return any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "evaluate"
+        and any(
+            isinstance(value, ast.Constant) and value.value == "test"
+            for value in [*node.args, *(keyword.value for keyword in node.keywords)]
+        )
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def test_test_split_is_evaluated_by_one_module_alone():
+    assert evaluates_test('trainer.evaluate("test").correct')  # the check itself works
+    assert evaluates_test('trainer.evaluate(split="test")')
+    assert not evaluates_test('trainer.evaluate("outer_valid")')
+    found = [path for path in SOURCES if evaluates_test(path.read_text(encoding="utf-8"))]
+    assert found == [Path(evaluate.__file__)]
+
+
+def test_no_reward_is_measured_on_the_test_split():
+    assert {term.split for term in REWARD_TERMS.values()} == {
+        None,
+        "outer_valid",
+        "inner_valid",
+        "old_task",
+    }
+
+
+@pytest.mark.parametrize("observation", ["asg", "scaled", "extended"])
+def test_episodes_never_read_the_test_split(make_env, instance, monkeypatch, observation):
+    reward = dict.fromkeys(REWARD_TERMS, 1.0)
+    env = make_env(observation=observation, reward=reward)
+    read = []
+    original = env.trainer.evaluate
+    monkeypatch.setattr(env.trainer, "evaluate", lambda split: read.append(split) or original(split))
+    policy = RandomPolicy(env.action_space)
+    run_policy(env, policy, instance, seed=0, deterministic=False)
+    run_controller(env, Static((0.1,) * 5), instance)
+    assert {"outer_valid", "inner_valid"} <= set(read)
+    assert "test" not in read
+    judge_controller(env, Static((0.1,) * 5), instance)  # the control: judging does read it
+    assert read.count("test") == 1
+
+
+def test_training_and_tuning_work_where_there_is_no_test_split(
+    make_env, make_experiment, no_workers, inline_pool, tmp_path, monkeypatch
+):
+    experiment = make_experiment(agent={"updates": 1})
+    env = inline_pool(TASK, experiment.env).env
+    monkeypatch.delitem(env.trainer.splits, "test")
+    run = RunFolder.create(tmp_path / "run", experiment, False, False)
+    train(run, lambda *_: None)
+    evaluation = Evaluation(run, inline_pool(TASK, experiment.env), groups=5)
+    assert evaluation._search("unknown-scale", 0, "search.json").episodes == 4
+
+
+# Judging one run
+
+
+def test_judge_reports_what_the_trained_network_does(env, instance):
+    result = judge_controller(env, Static((0.1,) * 5), instance)
+    test = env.trainer.splits["test"]
+    with torch.no_grad():
+        logits, _ = env.trainer.optimizee(test.batch(slice(None)))
+    expected = logits.argmax(dim=1) == test.labels
+    assert result.correct.dtype == bool
+    assert result.correct.shape == (len(test),)
+    assert (torch.from_numpy(result.correct) == expected).float().mean() > 0.999
+    assert 0.5 < result.retention <= 1
+
+
+def test_judge_policy_runs_the_episode_that_run_policy_runs(env, instance):
+    policy = RandomPolicy(env.action_space)
+    judged = judge_policy(env, policy, instance, 3, False).episode
+    plain = run_policy(env, policy, instance, 3, False)
+    np.testing.assert_array_equal(judged.actions, plain.actions)
+    np.testing.assert_array_equal(judged.accuracy, plain.accuracy)
+
+
+def test_judge_scores_a_diverged_run_zero(make_env, instance):
+    result = judge_controller(make_env(base_lr=1e25), Static((1.0,) * 5), instance)
+    assert result.episode.diverged
+    assert not result.correct.any()
+    assert len(result.correct) == 1500
+    assert result.retention == 0.0
+
+
+# The protocol
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A copy that the evaluation may write its searches to."""
+    import shutil
+
+    path = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(trained_run.path, path)
+    return RunFolder.open(path)
+
+
+@pytest.fixture(scope="module")
+def rows(run, inline_pool):
+    pool = inline_pool(TASK, run.experiment.env)
+    said = []
+    evaluation = Evaluation(run, pool, groups=5, report=said.append)
+    result = evaluation.rows(load_policies(run), RandomPolicy(pool.env.action_space), 2)
+    assert "random policy" in said
+    return result
+
+
+def named(rows: list[Row], name: str) -> Row:
+    (row,) = [row for row in rows if row.name == name]
+    return row
+
+
+def test_rows_hold_the_controller_first_then_every_baseline(rows):
+    names = [row.name for row in rows]
+    assert names == [
+        "controller (sampled)",
+        "controller (greedy)",
+        "static search",
+        "static, scale known (clipped)",
+        "static, scale known (unclipped)",
+        *FAMILIES,
+        "random policy",
+    ]
+    assert names[0] == evaluate.PRIMARY
+    assert [row.name for row in rows if row.reference] == names[3:5]
+
+
+def test_rows_are_judged_on_the_published_test_instances(rows):
+    listed = published_test_instances(TASK, "unknown-scale")[:2]
+    for row in rows:
+        assert [r.episode.instance for results in row.results for r in results] == list(listed)
+        assert row.correct().shape == (1, 2, 1500)
+
+
+def test_rows_charge_what_each_method_cost(rows):
+    # 2 updates x 2 instances x 2 rollouts; 6 inner steps each; 50 images at reset and each step.
+    for name in ("controller (sampled)", "controller (greedy)"):
+        row = named(rows, name)
+        assert row.tuning_episodes == 8
+        assert row.tuning_inner_steps == 8 * 6
+        assert row.tuning_images == 8 * 4 * 50
+    assert named(rows, "static search").tuning_episodes == 4
+    for family, candidates in FAMILIES.items():
+        assert named(rows, family).tuning_episodes == len(candidates(5))  # on one instance
+    assert named(rows, "random policy").tuning_episodes == 0
+
+
+def test_rows_of_the_greedy_controller_take_its_most_likely_actions(rows, run, inline_pool):
+    env = inline_pool(TASK, run.experiment.env).env
+    (policy,) = load_policies(run)
+    for result in named(rows, "controller (greedy)").results[0]:
+        episode = run_policy(env, policy, result.episode.instance, 123, True)  # no seed matters
+        np.testing.assert_array_equal(episode.actions, result.episode.actions)
+
+
+def test_rows_repeat_exactly_and_keep_their_searches(rows, run, inline_pool):
+    stored = (run.path / "seed-0" / "search.json").read_bytes()
+    pool = inline_pool(TASK, run.experiment.env)
+    evaluation = Evaluation(run, pool, groups=5)
+    again = evaluation.rows(load_policies(run), RandomPolicy(pool.env.action_space), 2)
+    for first, second in zip(rows, again, strict=True):
+        np.testing.assert_array_equal(first.correct(), second.correct(), err_msg=first.name)
+        assert first.setting == second.setting
+        assert first.tuning_episodes == second.tuning_episodes
+    assert (run.path / "seed-0" / "search.json").read_bytes() == stored
+
+
+def test_rows_choose_a_familys_best_candidate_on_train_instances(run, inline_pool, monkeypatch):
+    pool = inline_pool(TASK, run.experiment.env)
+    tried = []
+    original = evaluate.Scorer.score
+
+    def score(self, candidates, instances):
+        scores = original(self, candidates, instances)
+        tried.append((scores, self._instances))
+        return scores
+
+    monkeypatch.setattr(evaluate.Scorer, "score", score)
+    listed = published_test_instances(TASK, "unknown-scale")[:1]
+    row = Evaluation(run, pool, groups=5)._tuned_row("uniform", FAMILIES["uniform"](5), listed)
+    ((scores, instances),) = tried
+    assert scores[row.setting] == max(scores.values())
+    assert not {i.head_seed for i in instances} & {
+        i.head_seed for i in published_test_instances(TASK, "unknown-scale")
+    }
+    np.testing.assert_array_equal(
+        row.results[0][0].episode.multipliers, [[float(row.setting)] * 5] * 3
+    )
+
+
+def test_rows_divide_the_scale_known_vector_by_each_instances_scale(rows):
+    row = named(rows, "static, scale known (unclipped)")
+    vector = [float(m) for m in row.setting.strip("()").split(",")]
+    for result in row.results[0]:
+        controller = KnownScale(tuple(vector), clip=False)
+        controller.begin(result.episode.instance, 5)
+        np.testing.assert_allclose(
+            result.episode.multipliers[0], controller.multipliers(0.0, None), rtol=1e-6
+        )
+
+
+def test_rows_have_no_reference_line_where_the_scale_is_fixed(
+    make_experiment, inline_pool, no_workers, tmp_path
+):
+    experiment = make_experiment(env={"instances": "fixed"}, agent={"updates": 1})
+    run = RunFolder.create(tmp_path / "run", experiment, False, False)
+    train(run, lambda *_: None)
+    pool = inline_pool(TASK, experiment.env)
+    found = Evaluation(run, pool, groups=5)._search_rows(published_test_instances(TASK, "fixed")[:1])
+    assert [row.name for row in found] == ["static search"]
+
+
+def test_rows_leave_the_search_out_when_its_budget_is_zero(make_experiment, inline_pool, tmp_path):
+    experiment = make_experiment(train={"search_episodes": 0})
+    run = RunFolder(tmp_path, experiment)
+    pool = inline_pool(TASK, experiment.env)
+    assert Evaluation(run, pool, groups=5)._search_rows([]) == []
+
+
+# The summary
+
+
+@pytest.fixture(scope="module")
+def summary(rows):
+    return summarise(rows, "1 x gain")
+
+
+def test_summary_is_plain_json_and_states_its_protocol(summary, rows):
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    protocol = summary["protocol"]
+    assert protocol["reward"] == "1 x gain"
+    assert (protocol["training_seeds"], protocol["test_images"]) == (1, 1500)
+    assert len(protocol["instances"]) == 2
+    assert [entry["name"] for entry in summary["rows"]] == [row.name for row in rows]
+
+
+def test_summary_numbers_follow_from_the_rows(summary, rows):
+    primary = rows[0].correct().mean(axis=-1)
+    for entry, row in zip(summary["rows"], rows, strict=True):
+        accuracy = row.correct().mean(axis=-1)
+        estimate = entry["accuracy"]
+        assert estimate["iqm"] == pytest.approx(interquartile_mean(accuracy.reshape(-1)), abs=1e-6)
+        assert estimate["low"] <= estimate["iqm"] <= estimate["high"]
+        assert (estimate["seeds"], estimate["instances"]) == (1, 2)
+        assert entry["mean"] == pytest.approx(accuracy.mean())
+        assert entry["per_instance"] == accuracy.round(6).tolist()
+        assert entry["diverged"] == 0.0
+        if row is rows[0]:
+            assert "controller_minus_this" not in entry
+        else:
+            assert entry["controller_minus_this"]["iqm"] == pytest.approx(
+                interquartile_mean((primary - accuracy).reshape(-1)), abs=1e-6
+            )
+
+
+def test_summary_repeats_exactly(summary, rows):
+    assert summarise(rows[:3], "1 x gain")["rows"] == summary["rows"][:3]
+
+
+def test_summary_counts_diverged_runs_as_zero(rows, make_env, instance):
+    results = [judge_controller(make_env(base_lr=1e25), Static((1.0,) * 5), instance)] * 2
+    entry = summarise([rows[0], Row("bad", "", [results])], "")["rows"][1]
+    assert entry["diverged"] == 1.0
+    assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "seeds": 1, "instances": 2}
+    assert entry["retention"] == 0.0

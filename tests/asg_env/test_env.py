@@ -1,0 +1,703 @@
+import dataclasses
+import itertools
+import random
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+
+from asg_env.config import ConfigError
+from asg_env.core.optimizers import lr_factor
+from asg_env.env import make_env as entry_point
+from asg_env.instances import Instance, published_test_instances
+from asg_env.rewards import REWARD_TERMS
+
+DIGITS = "ASG/Digits-v0"
+ACTIONS = ("grid", "relative", "box")
+OBSERVATIONS = ("asg", "scaled", "extended")
+GROUPS = ("conv1", "conv2", "conv3", "conv4", "head")
+STAY = [1] * 5
+EVERY_TERM = dict.fromkeys(REWARD_TERMS, 1.0)
+LABEL_FREE = [name for name, term in REWARD_TERMS.items() if term.split != "outer_valid"]
+INFO_KEYS = {
+    "layer_groups",
+    "lr_multipliers",
+    "effective_lrs",
+    "inner_step",
+    "loss/ce",
+    "loss/kl",
+    "diverged",
+    "cause",
+}
+INSTANCE = {"task": DIGITS, "head_seed": 3, "data_seed": 4, "base_lr_scale": 1.0}
+
+
+def rollout(env, actions=None, **reset):
+    """All transitions of an episode, the reset first."""
+    transitions = [env.reset(**reset)]
+    actions = iter(actions or itertools.repeat(STAY))
+    while len(transitions) == 1 or not transitions[-1][2]:
+        transitions.append(env.step(next(actions)))
+    return transitions
+
+
+class RecordingSplits(dict):
+    """Splits of a trainer that remember which of them was looked up."""
+
+    def __init__(self, splits):
+        super().__init__(splits)
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def record_splits(env):
+    env.trainer.splits = RecordingSplits(env.trainer.splits)
+    return env.trainer.splits.read
+
+
+# Contract
+
+
+@pytest.mark.parametrize("instances", ["fixed", "unknown-scale"])
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_env_passes_both_checkers_without_warning(make_env, action, observation, instances):
+    sb3_checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    env = make_env(
+        action=action, observation=observation, instances=instances, horizon=2, inner_steps=1
+    )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check_env(env)
+        sb3_checker.check_env(env)
+
+
+@pytest.mark.parametrize("render_mode", ["ansi", "rgb_array"])
+def test_env_passes_both_checkers_when_rendered(make_env, render_mode):
+    sb3_checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    env = make_env(render_mode=render_mode, horizon=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check_env(env)
+        sb3_checker.check_env(env, skip_render_check=False)
+
+
+def test_make_wraps_the_env_in_the_passive_checker_without_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make(DIGITS, horizon=2, inner_steps=2, outer_valid_size=50)
+        rollout(env, seed=0)
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_observations_are_labelled_and_in_bounds(make_env, action, observation):
+    env = make_env(action=action, observation=observation)
+    env.action_space.seed(0)
+    labels = env.observation_labels
+
+    assert len(labels) == len(set(labels)) == env.observation_space.shape[0]
+    observations = [env.reset(seed=0)[0]]
+    observations += [env.step(env.action_space.sample())[0] for _ in range(3)]
+    for step, values in enumerate(observations):
+        assert values.dtype == np.float32
+        assert env.observation_space.contains(values)
+        assert values[labels.index("progress")] == pytest.approx(step / 3)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_observation_shows_the_multipliers_used_in_the_order_of_the_groups(make_env, action):
+    env = make_env(action=action, observation="asg")
+    env.reset(seed=0)
+    multipliers = (0.0, 0.003, 0.01, 0.1, 1.0)
+
+    observation, *_, info = env.step_multipliers(multipliers)
+
+    assert env.observation_labels[-5:] == tuple(f"multiplier/{group}" for group in GROUPS)
+    assert observation[-5:].tolist() == pytest.approx(multipliers)
+    assert info["lr_multipliers"].tolist() == list(multipliers)
+    assert env.multipliers == multipliers
+
+
+def test_relative_actions_move_from_where_each_group_stands(make_env):
+    env = make_env(start_multiplier=0.03)
+    env.reset(seed=0)
+
+    env.step([0, 1, 2, 2, 2])
+    info = env.step([0, 1, 2, 1, 0])[-1]
+
+    assert info["lr_multipliers"].tolist() == [0.003, 0.03, 0.3, 0.1, 0.03]
+
+
+def test_reset_takes_no_inner_step(make_env):
+    env = make_env(start_multiplier=0.1, observation="asg")
+
+    observation, info = env.reset(seed=0)
+
+    assert info["inner_step"] == env.trainer.inner_step == 0
+    assert observation[env.observation_labels.index("progress")] == 0.0
+    assert observation[env.observation_labels.index("kl")] == pytest.approx(0.0, abs=1e-5)
+    assert info["lr_multipliers"].tolist() == [0.1] * 5
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_info_has_every_key_at_reset_and_at_every_step(make_env, observation):
+    env = make_env(observation=observation, reward=EVERY_TERM)
+    expected = INFO_KEYS | {"accuracy/outer_valid"} | {f"reward/{name}" for name in EVERY_TERM}
+
+    infos = [transition[-1] for transition in rollout(env, seed=0)]
+
+    assert len(infos) == 4
+    for step, info in enumerate(infos):
+        assert set(info) == expected
+        assert info["layer_groups"] == GROUPS
+        assert info["inner_step"] == 2 * step
+        assert (info["diverged"], info["cause"]) == (False, "")
+        assert info["lr_multipliers"].shape == info["effective_lrs"].shape == (5,)
+        numbers = [value for key, value in info.items() if key not in ("layer_groups", "cause")]
+        assert all(np.isfinite(value).all() for value in numbers)
+        assert 0 <= info["accuracy/outer_valid"] <= 1
+    assert all(infos[0][f"reward/{name}"] == 0.0 for name in EVERY_TERM)
+
+
+def test_step_terminates_at_the_horizon_and_never_truncates(make_env):
+    transitions = rollout(make_env(horizon=2), seed=0)
+
+    assert [t[2] for t in transitions[1:]] == [False, True]
+    assert [t[3] for t in transitions[1:]] == [False, False]
+
+
+def test_growing_windows_run_to_the_end_of_the_last_epoch(make_env):
+    env = make_env(inner_steps="asg-as-coded", steps_per_epoch=12, epochs=2, horizon=None)
+
+    infos = [transition[-1] for transition in rollout(env, seed=0)]
+
+    assert env.horizon == 4
+    assert [info["inner_step"] for info in infos] == [0, 10, 12, 22, 24]
+
+
+def test_step_needs_a_reset_before_and_after_the_episode(make_env):
+    env = make_env(horizon=1)
+    for call in (lambda: env.step(STAY), lambda: env.step_multipliers([0.1] * 5)):
+        with pytest.raises(ResetNeeded, match="call env.reset"):
+            call()
+    rollout(env, seed=0)
+    for call in (lambda: env.step(STAY), lambda: env.step_multipliers([0.1] * 5)):
+        with pytest.raises(ResetNeeded, match="call env.reset"):
+            call()
+    env.reset()
+    env.step(STAY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "action"),
+    [
+        ("relative", [1] * 4),
+        ("relative", [3] * 5),
+        ("relative", [-1] * 5),
+        ("relative", [1.7] * 5),
+        ("relative", [float("nan")] * 5),
+        ("relative", 1),
+        ("relative", None),
+        ("grid", [7] * 5),
+        ("box", [1.5] * 5),
+        ("box", [float("nan")] * 5),
+        ("box", [0.0] * 6),
+    ],
+)
+def test_step_refuses_an_action_outside_the_space_and_changes_nothing(make_env, kind, action):
+    env = make_env(action=kind)
+    env.reset(seed=0)
+    before = env.multipliers
+
+    with pytest.raises(ValueError, match="action must lie in"):
+        env.step(action)
+
+    assert env.multipliers == before
+    assert env.trainer.inner_step == 0
+
+
+@pytest.mark.parametrize("action", [STAY, tuple(STAY), np.array(STAY, np.int32)])
+def test_step_accepts_plain_sequences_and_narrow_integers(make_env, action):
+    env = make_env()
+    env.reset(seed=0)
+
+    assert env.step(action)[-1]["lr_multipliers"].tolist() == [0.01] * 5
+
+
+def test_step_accepts_double_precision_where_the_box_is_single(make_env):
+    env = make_env(action="box")
+    env.reset(seed=0)
+
+    assert env.step(np.ones(5))[-1]["lr_multipliers"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("multipliers", [[0.1] * 4, [0.1] * 4 + [-1.0], [float("nan")] * 5])
+def test_step_multipliers_refuses_and_changes_nothing(make_env, identical, multipliers):
+    refused, untouched = make_env(), make_env()
+    for env in (refused, untouched):
+        env.reset(seed=0)
+        env.step(STAY)
+
+    with pytest.raises(ValueError, match="multipliers"):
+        refused.step_multipliers(multipliers)
+
+    assert identical(refused.step(STAY), untouched.step(STAY))
+
+
+# Rates: nominal in public, applied in secret
+
+
+@pytest.mark.parametrize("factor", ["constant", "warmup-poly"])
+def test_effective_lrs_are_nominal(make_env, factor):
+    env = make_env(base_lr=0.2, lr_factor=factor, start_multiplier=0.1)
+    scaled = INSTANCE | {"base_lr_scale": 7.0}
+
+    transitions = rollout(env, options={"instance": scaled})
+
+    last_inner_steps = [0, 1, 3, 5]
+    for (*_, info), step in zip(transitions, last_inner_steps, strict=True):
+        expected = 0.2 * 0.1 * lr_factor(factor, step, 6)
+        np.testing.assert_allclose(info["effective_lrs"], [expected] * 5)
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_hidden_scale_shows_in_no_observation_nor_info_at_reset(make_env, identical, observation):
+    env = make_env(observation=observation, instances="unknown-scale", reward=EVERY_TERM)
+
+    small, large = (
+        env.reset(options={"instance": INSTANCE | {"base_lr_scale": scale}})
+        for scale in (0.1, 10.0)
+    )
+
+    assert identical(small, large)
+
+
+def test_hidden_scale_acts_on_the_weights(make_env, weights):
+    env, ends = make_env(), []
+    for scale in (0.1, 10.0):
+        env.reset(options={"instance": INSTANCE | {"base_lr_scale": scale}})
+        info = env.step(STAY)[-1]
+        ends.append((weights(env.trainer)["head.weight"], info["effective_lrs"]))
+
+    assert not torch.equal(ends[0][0], ends[1][0])
+    np.testing.assert_array_equal(ends[0][1], ends[1][1])
+
+
+# Rewards
+
+
+def test_gain_adds_up_to_final_minus_initial_accuracy(make_env):
+    env = make_env(start_multiplier=0.1, inner_steps=4)
+    env.reset(seed=1)
+    initial = env.trainer.evaluate("outer_valid").accuracy
+    rewards = [env.step(STAY)[1] for _ in range(3)]
+
+    final = env.trainer.evaluate("outer_valid").accuracy
+
+    assert sum(rewards) == pytest.approx(final - initial)
+    assert any(rewards)
+
+
+def test_reward_is_the_weighted_sum_of_its_terms(make_env):
+    weights = {name: 0.5 + i for i, name in enumerate(EVERY_TERM)}
+    env = make_env(reward=weights, start_multiplier=0.1)
+
+    for transition in rollout(env, seed=0)[1:]:
+        info = transition[-1]
+        expected = sum(weight * info[f"reward/{name}"] for name, weight in weights.items())
+        assert transition[1] == pytest.approx(expected)
+        assert isinstance(transition[1], float)
+
+
+def test_reward_terms_agree_with_the_trainer(make_env):
+    env = make_env(reward=EVERY_TERM, start_multiplier=0.1)
+    env.reset(seed=0)
+    before, agreed = env.trainer.evaluate("inner_valid"), env.trainer.agreement("old_task")
+    objective = env.telemetry.objective
+    info = env.step(STAY)[-1]
+    now, outer = env.trainer.evaluate("inner_valid"), env.trainer.evaluate("outer_valid")
+
+    assert info["reward/inner_valid_gain"] == pytest.approx(now.accuracy - before.accuracy)
+    assert info["reward/inner_valid_level"] == now.accuracy
+    assert info["reward/inner_valid_loss"] == -now.loss
+    assert info["reward/level"] == info["accuracy/outer_valid"] == outer.accuracy
+    assert info["reward/loss"] == -outer.loss
+    assert info["reward/terminal"] == info["reward/inner_valid_terminal"] == 0.0
+    assert info["reward/retention"] == pytest.approx(env.trainer.agreement("old_task") - agreed)
+    assert info["reward/train_loss"] == pytest.approx(objective - env.telemetry.objective)
+
+
+def test_terminal_reward_pays_the_final_accuracy(make_env):
+    transitions = rollout(make_env(reward="terminal"), seed=0)[1:]
+
+    assert [t[1] for t in transitions[:-1]] == [0.0, 0.0]
+    assert transitions[-1][1] == transitions[-1][-1]["accuracy/outer_valid"] > 0
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize("reward", LABEL_FREE)
+def test_label_free_rewards_read_no_real_label(make_env, reward, observation):
+    env = make_env(reward=reward, observation=observation)
+    read = record_splits(env)
+
+    infos = [transition[-1] for transition in rollout(env, seed=0)]
+
+    assert read <= {"train", "inner_valid", "old_task"}
+    assert not any("accuracy/outer_valid" in info for info in infos)
+
+
+def test_label_free_rewards_do_not_depend_on_real_labels(make_env, identical):
+    blind, seeing = (make_env(reward=dict.fromkeys(LABEL_FREE, 1.0)) for _ in range(2))
+    for name in ("outer_valid", "test", "old_task"):
+        split = blind.trainer.splits[name]
+        no_labels = torch.full_like(split.labels, -1)  # torch refuses to score these
+        blind.trainer.splits[name] = dataclasses.replace(split, labels=no_labels)
+
+    assert identical(rollout(blind, seed=0), rollout(seeing, seed=0))
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize("reward", ["gain", EVERY_TERM])
+def test_no_reward_reads_the_test_split(make_env, reward, observation):
+    env = make_env(reward=reward, observation=observation)
+    read = record_splits(env)
+
+    rollout(env, seed=0)
+
+    assert "outer_valid" in read
+    assert "test" not in read
+
+
+def test_default_env_reads_training_and_outer_valid_images_alone(make_env):
+    env = make_env()
+    read = record_splits(env)
+
+    rollout(env, seed=0)
+
+    assert read == {"train", "outer_valid"}
+
+
+def test_images_per_measurement_counts_the_splits_that_are_read(make_env):
+    assert make_env().images_per_measurement == 50
+    assert make_env(reward="train_loss").images_per_measurement == 0
+    assert make_env(reward="inner_valid_gain", observation="extended").images_per_measurement == 500
+    assert make_env(reward=EVERY_TERM).images_per_measurement == 50 + 500 + 500
+
+
+def test_outer_valid_is_balanced_at_every_size(make_env):
+    env = make_env(outer_valid_size=52)
+
+    assert (
+        sorted(env.trainer.splits["outer_valid"].labels.bincount().tolist()) == [10] * 3 + [11] * 2
+    )
+
+
+# Divergence
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_divergence_ends_the_episode_cleanly(make_env, observation, optimizer):
+    env = make_env(
+        observation=observation,
+        optimizer=optimizer,
+        reward=EVERY_TERM,
+        base_lr=1e6,
+        start_multiplier=1.0,
+        inner_steps=3,
+    )
+    env.reset(seed=0)
+    terminated, steps = False, 0
+    while not terminated:
+        observed, reward, terminated, truncated, info = env.step(STAY)
+        steps += 1
+
+    assert steps < 3
+    assert not truncated
+    assert np.isfinite(observed).all()
+    assert env.observation_space.contains(observed)
+    assert np.isfinite(reward)
+    assert info["diverged"] is True
+    assert info["cause"] in {
+        "a training loss is not finite",
+        "a gradient norm is not finite",
+        "a weight is not finite",
+    }
+    numbers = [value for key, value in info.items() if key not in ("layer_groups", "cause")]
+    assert all(np.isfinite(value).all() for value in numbers)
+    assert info["accuracy/outer_valid"] == info["reward/level"] == info["reward/terminal"] == 0.0
+    with pytest.raises(ResetNeeded):
+        env.step(STAY)
+
+
+@pytest.mark.parametrize("reward", REWARD_TERMS)
+def test_divergence_leaves_every_reward_finite(make_env, reward):
+    env = make_env(reward=reward, base_lr=1e6, start_multiplier=1.0, inner_steps=3)
+
+    *_, last = rollout(env, seed=0)
+
+    assert last[-1]["diverged"]
+    assert np.isfinite(last[1])
+    assert last[1] <= 0.0
+
+
+def test_divergence_takes_back_the_accuracy_that_was_gained(make_env):
+    env = make_env(base_lr=1e6, start_multiplier=1.0, inner_steps=3)
+    _, info = env.reset(seed=0)
+
+    reward = env.step(STAY)[1]
+
+    assert reward == pytest.approx(-info["accuracy/outer_valid"])
+
+
+def test_divergence_does_not_reach_the_next_episode(make_env, identical):
+    used, fresh = make_env(observation="extended"), make_env(observation="extended")
+    used.reset(seed=0)
+    assert used.step_multipliers([1e12] * 5)[-1]["diverged"]
+
+    assert identical(rollout(used, seed=1), rollout(fresh, seed=1))
+
+
+# Instances
+
+
+def test_reset_draws_train_instances_by_default(make_env):
+    env = make_env(instances="unknown-scale")
+    drawn = []
+    for seed in (0, 1, None):
+        env.reset(seed=seed)
+        drawn.append(env.instance)
+
+    assert len(set(drawn)) == 3
+    assert all(one.head_seed < 2**31 for one in drawn)
+    assert all(one.task == DIGITS for one in drawn)
+
+
+@pytest.mark.parametrize("instances", ["fixed", "unknown-scale"])
+def test_reset_draws_published_instances_of_the_test_split(make_env, instances):
+    env = make_env(instances=instances, split="test")
+    published = published_test_instances(DIGITS, instances)
+    env.reset(seed=0)
+    drawn = {env.instance}
+    for _ in range(3):
+        env.reset()
+        drawn.add(env.instance)
+
+    assert len(drawn) > 1
+    assert drawn <= set(published)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_reset_pins_the_instance_of_the_options(make_env, identical, as_dict):
+    env, instance = make_env(), Instance(**INSTANCE)
+    options = {"instance": instance.to_dict() if as_dict else instance}
+    pinned = [env.reset(seed=seed, options=options) for seed in (0, 1)]
+
+    assert env.instance == instance
+    assert identical(pinned[0], pinned[1])
+    assert set(options) == {"instance"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"instances": "fixed"}, r"reset options must be among 'instance', got \['instances'\]"),
+        ({"instance": INSTANCE | {"task": "ASG/Other-v0"}}, r"`task` must be ASG/Digits-v0, got"),
+        ({"instance": {"task": DIGITS}}, r"an instance has the keys"),
+        ({"instance": INSTANCE | {"data_seed": 0.5}}, r"`data_seed` must be an integer, got 0\.5"),
+        ({"instance": 5}, r"an instance must be a mapping, got 5"),
+    ],
+)
+def test_reset_refuses_wrong_options(make_env, options, message):
+    env = make_env()
+
+    with pytest.raises(ValueError, match=message):
+        env.reset(seed=0, options=options)
+
+
+# Settings that need the task or the machine
+
+
+def test_make_refuses_an_unknown_device():
+    with pytest.raises(ConfigError, match=r"`device` must be a torch device .*'warp'.*; use cpu"):
+        entry_point(DIGITS, device="warp")
+
+
+def test_make_refuses_a_device_that_is_not_there():
+    missing = f"cuda:{torch.cuda.device_count()}"
+
+    with pytest.raises(ConfigError, match=rf"`device` must be a torch device .*'{missing}'"):
+        entry_point(DIGITS, device=missing)
+
+
+def test_make_refuses_more_outer_valid_images_than_there_are():
+    with pytest.raises(
+        ConfigError, match=r"`outer_valid_size` must be <= 1000 .*, got 1001; lower"
+    ):
+        entry_point(DIGITS, outer_valid_size=1001)
+
+
+def test_make_refuses_an_unknown_render_mode():
+    with pytest.raises(ConfigError, match=r"`render_mode` must be one of .*, got 'human'"):
+        entry_point(DIGITS, render_mode="human")
+
+
+def test_make_refuses_unknown_settings_in_a_sentence():
+    with pytest.raises(ConfigError, match=r"^`horizont` is unknown; known keys are action, "):
+        gym.make(DIGITS, horizont=3)
+
+
+def test_make_refuses_an_unknown_task():
+    with pytest.raises(ValueError, match=r"`task` must be one of ASG/Digits-v0, got 'ASG/None-v0'"):
+        entry_point("ASG/None-v0")
+
+
+# Sameness
+
+
+@pytest.mark.parametrize("instances", ["fixed", "unknown-scale"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_twin_rollouts_are_identical(make_env, weights, identical, action, instances):
+    twins = [
+        make_env(
+            action=action,
+            instances=instances,
+            observation="extended",
+            reward=EVERY_TERM,
+            base_lr=0.01,
+        )
+        for _ in range(2)
+    ]
+    twins[0].action_space.seed(0)
+    actions = [twins[0].action_space.sample() for _ in range(3)]
+
+    first, second = (rollout(twin, actions, seed=5) for twin in twins)
+
+    assert identical(first, second)
+    assert twins[0].instance == twins[1].instance
+    assert identical(weights(twins[0].trainer), weights(twins[1].trainer))
+
+
+def test_rollout_does_not_depend_on_the_episodes_before_it(make_env, weights, identical):
+    used, fresh = make_env(optimizer="adam"), make_env(optimizer="adam")
+    for seed in (1, 2):
+        rollout(used, [[2] * 5] * 3, seed=seed)
+
+    assert identical(rollout(used, seed=5), rollout(fresh, seed=5))
+    assert identical(weights(used.trainer), weights(fresh.trainer))
+
+
+def test_rollout_at_multipliers_one_equals_plain_training(make_env, weights):
+    env = make_env(start_multiplier=1.0, kl_weight=0, base_lr=0.05)
+    rollout(env, options={"instance": INSTANCE})
+    trained = weights(env.trainer)
+
+    env.reset(options={"instance": INSTANCE})
+    optimizee, train = env.trainer.optimizee, env.trainer.splits["train"]
+    parameters = [p for p in optimizee.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for step in range(6):
+        index = env.trainer._order.indices(step)
+        loss = torch.nn.functional.cross_entropy(
+            optimizee(train.batch(index))[0], train.labels[index]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for name, tensor in optimizee.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum_form": "scaled-velocity"}, {"optimizer": "adam", "lr_factor": "warmup-poly"}],
+)
+def test_snapshot_and_restore_replay_mid_episode(
+    make_env, weights, identical, observation, settings
+):
+    settings = {"observation": observation, "reward": EVERY_TERM, "render_mode": "ansi"} | settings
+    env, other = make_env(**settings), make_env(**settings)
+    env.reset(seed=0)
+    env.step([2, 1, 0, 2, 2])
+    snapshot = env.snapshot()
+
+    def go_on(replaying):
+        steps = [replaying.step(action) for action in ([2] * 5, [0, 1, 2, 1, 0])]
+        return steps, weights(replaying.trainer), replaying.render()
+
+    expected = go_on(env)
+    env.reset(seed=9)
+    for replaying in (env, env, other):
+        replaying.restore(snapshot)
+        assert identical(go_on(replaying), expected)
+        assert replaying.instance == snapshot["instance"]
+        with pytest.raises(ResetNeeded):
+            replaying.step(STAY)
+
+
+def test_snapshot_of_a_finished_episode_restores_as_finished(make_env):
+    env = make_env(horizon=1)
+    rollout(env, seed=0)
+    snapshot = env.snapshot()
+    env.reset(seed=0)
+
+    env.restore(snapshot)
+
+    with pytest.raises(ResetNeeded):
+        env.step(STAY)
+
+
+def test_snapshot_needs_a_reset(make_env):
+    with pytest.raises(ResetNeeded, match="nothing to snapshot"):
+        make_env().snapshot()
+
+
+def test_global_generators_are_left_as_found(make_env):
+    def states():
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002
+        return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
+
+    before = states()
+    env = make_env(observation="extended", reward=EVERY_TERM, render_mode="rgb_array")
+    assert states() == before, "make"
+    env.reset(seed=0)
+    assert states() == before, "reset"
+    env.step(STAY)
+    env.trainer.evaluate("test")
+    env.render()
+    env.restore(env.snapshot())
+    assert states() == before, "step"
+
+
+def test_global_generators_do_not_steer_the_episode(make_env, identical):
+    rollouts = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            rollouts.append(rollout(make_env(), seed=0))
+
+    assert identical(*rollouts)
+
+
+@pytest.mark.parametrize(("parent", "calls"), [(None, []), (object(), [1])])
+def test_env_sets_one_thread_in_worker_processes_only(make_env, monkeypatch, parent, calls):
+    seen = []
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+
+    make_env()
+
+    assert seen == calls
