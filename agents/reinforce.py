@@ -27,10 +27,6 @@ from asg_env.instances import InstanceSet, draw_instance
 from asg_env.observations import Observation
 from asg_env.tasks import load_task
 
-# First actions mostly change nothing (P(stay) = 0.79), so that a first rollout is a training at
-# the start multipliers with a few deviations to learn from, not a random walk.
-DEFAULT_STAY_BIAS = 2.0
-
 
 class ReinforceSettings(Settings):
     """`agent:` of an experiment file, for `kind: reinforce`."""
@@ -40,7 +36,6 @@ class ReinforceSettings(Settings):
     instances_per_update: Annotated[int, Field(ge=1)] = 4
     rollouts_per_instance: Annotated[int, Field(ge=2)] = 8
     hidden_size: Annotated[int, Field(ge=1)] = 20
-    stay_bias: Annotated[float, Field(ge=0)] | None = None  # [nats], 2 with relative actions
     policy_lr: Annotated[float, Field(gt=0)] = 0.01
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     entropy_start: Annotated[float, Field(ge=0)] = 0.01  # bonus per nat, first update
@@ -63,13 +58,11 @@ class Layout:
         shared: Indices of entries that concern the whole network, each with its own LSTM.
         per_group: Indices of each group's own entries, which its action head sees directly.
         actions: Number of choices per group.
-        stay: Which choice leaves a group where it stands; None with grid actions.
     """
 
     shared: tuple[int, ...]
     per_group: tuple[tuple[int, ...], ...]
     actions: int
-    stay: int | None
 
     @classmethod
     def of(
@@ -95,7 +88,6 @@ class Layout:
                 for group in layer_groups
             ),
             actions=int(action.space.nvec[0]),
-            stay=action.STAY if isinstance(action, RelativeAction) else None,
         )
 
 
@@ -136,12 +128,6 @@ class LSTMPolicyNetwork(nn.Module):
             else:  # near-uniform first actions
                 gain = 0.01 if name.startswith("action_distribution") else 1.0
                 nn.init.orthogonal_(parameter, gain, generator=generator)
-
-    @torch.no_grad()
-    def prefer(self, choice: int, bias: float) -> None:
-        """Add `bias` [nats] to the logit of one choice in every action head."""
-        for head in cast(nn.ModuleList, self.action_distribution.linear):
-            cast(nn.Linear, head).bias[choice] += bias
 
     def initial_state(self, rows: int) -> Tensor:
         """Return zeros, shape (2, rows, F * hidden): h, then c, features side by side."""
@@ -277,15 +263,6 @@ class Reinforce:
         self.policy = ReinforcePolicy(
             LSTMPolicyNetwork(layout, settings.hidden_size, torch_generator(seed, "policy"))
         )
-        if layout.stay is not None:
-            self.policy.network.prefer(
-                layout.stay, DEFAULT_STAY_BIAS if settings.stay_bias is None else settings.stay_bias
-            )
-        elif settings.stay_bias is not None:
-            raise ConfigError(
-                f"`agent.stay_bias` needs env.action relative, got {settings.stay_bias} with grid; "
-                "leave it out"
-            )
         self._parameters = [
             p for name, p in self.policy.network.named_parameters() if not name.startswith("critic")
         ]

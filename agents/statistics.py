@@ -54,8 +54,15 @@ def bootstrap_iqm(
 
     Returns:
         Estimate with a percentile interval of `CONFIDENCE`.
+
+    Raises:
+        ValueError: `minus` has another shape than that.
     """
     seeds, instances, images = correct.shape
+    if minus is not None and minus.shape not in ((1, instances, images), correct.shape):
+        raise ValueError(
+            f"`minus` must have the shape {correct.shape}, or that with one seed, got {minus.shape}"
+        )
     units = _accuracy(correct, None)
     if minus is not None:
         units = units - _accuracy(minus, None)

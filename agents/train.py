@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agents.baselines import Static
 from agents.evaluate import read_metrics
-from agents.experiment import Experiment, RunFolder
+from agents.experiment import Experiment, RunFolder, write_text
 from agents.policy import Policy
 from agents.rollout import RolloutPool, run_controller
 from asg_env.config import ConfigError
@@ -56,8 +56,9 @@ def _train_seed(run: RunFolder, experiment: Experiment, index: int, progress: Pr
     if start >= learner.updates:
         return
     metrics = folder / "metrics.jsonl"
-    kept = [json.dumps(line) + "\n" for line in read_metrics(folder)[:start]]
-    metrics.write_text("".join(kept), encoding="utf-8")
+    # Lines beyond the checkpoint are of updates that are repeated; the last may be torn.
+    lines_before = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    write_text(metrics, "".join(lines_before.splitlines(keepends=True)[:start]))
     began = time.perf_counter()
     with (
         metrics.open("a", encoding="utf-8") as lines,

@@ -38,8 +38,6 @@ class RelativeAction:
     grid hold.
     """
 
-    STAY = 1
-
     def __init__(self, grid: GridName, groups: int) -> None:
         self._grid = GRIDS[grid]
         self.space = spaces.MultiDiscrete([3] * groups)
@@ -49,7 +47,7 @@ class RelativeAction:
         levels = np.asarray(self._grid)
         decoded = []
         for move, multiplier in zip(action, multipliers, strict=True):
-            level = int(np.abs(levels - multiplier).argmin()) + int(move) - self.STAY
+            level = int(np.abs(levels - multiplier).argmin()) + int(move) - 1
             decoded.append(self._grid[min(max(level, 0), len(self._grid) - 1)])
         return tuple(decoded)
 

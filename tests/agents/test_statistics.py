@@ -71,6 +71,12 @@ def test_bootstrap_difference_takes_one_seed_of_the_other_side_against_many():
     assert estimate.low < estimate.value < estimate.high
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 50), (3, 7, 50), (3, 8, 49)])
+def test_bootstrap_refuses_a_difference_of_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"`minus` must have the shape \(3, 8, 50\), or that with"):
+        bootstrap_iqm(np.ones((3, 8, 50), dtype=bool), rng(), minus=np.ones(shape, dtype=bool))
+
+
 def test_bootstrap_repeats_with_the_same_generator_and_differs_with_another():
     correct = rng().random((2, 10, 40)) < 0.6
     assert bootstrap_iqm(correct, rng(5)) == bootstrap_iqm(correct, rng(5))
