@@ -175,11 +175,12 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_train_resumes_to_the_same_bytes_after_kill_9(
     make_experiment, no_workers, whole, tmp_path
 ):
-    run = start(tmp_path / "run", make_experiment(train={"workers": 2}, **FOUR))
+    run = start(tmp_path / "run", make_experiment(**FOUR))
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
     killed = subprocess.run(
@@ -224,8 +225,8 @@ def test_load_policies_returns_one_per_training_seed(make_experiment, no_workers
     for policy in (first, second):
         policy.seed(0)
         assert policy.predict(row)[0].shape == (5,)
-    weights = [policy.network.state_dict()["net.state_encoder.0.rnn.weight_ih_l0"] for policy in (first, second)]
-    assert not weights[0].equal(weights[1])
+    name = "net.state_encoder.0.rnn.weight_ih_l0"
+    assert not first.network.state_dict()[name].equal(second.network.state_dict()[name])
 
 
 def test_learning_curves_are_empty_before_training(make_experiment, tmp_path):

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from agents.export import export_schedule
+from agents.policy import RandomPolicy
+from agents.rollout import run_policy
+from agents.train import load_policies
+from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.instances import TRAIN_SEEDS
+from asg_env.schedule import LearnedSchedule
+from asg_env.tasks import load_task
+
+TASK = "ASG/Digits-v0"
+
+
+class RecordingPool:
+    """Runs jobs on an environment and keeps them and their episodes."""
+
+    def __init__(self, pool) -> None:
+        self._pool, self.jobs, self.episodes = pool, [], []
+
+    def map(self, function, jobs):
+        assert function is run_policy
+        self.jobs = list(jobs)
+        self.episodes = list(self._pool.map(function, self.jobs))
+        return iter(self.episodes)
+
+
+@pytest.fixture(scope="module")
+def policy(trained_run):
+    return load_policies(trained_run)[0]
+
+
+@pytest.fixture
+def pool(inline_pool, trained_run):
+    return RecordingPool(inline_pool(TASK, trained_run.experiment.env))
+
+
+def test_export_averages_the_multipliers_of_sampled_rollouts(trained_run, policy, pool):
+    schedule = export_schedule(trained_run, policy, pool, episodes=5)
+    assert len(pool.jobs) == schedule.episodes == 5
+    assert not any(deterministic for *_, deterministic in pool.jobs)
+    stacked = np.stack([episode.multipliers for episode in pool.episodes])
+    np.testing.assert_allclose(schedule.multipliers, stacked.mean(axis=0))
+    np.testing.assert_allclose(schedule.spread, stacked.std(axis=0))
+    assert np.max(schedule.spread) > 0
+    assert schedule.knots == (0.0, 2 / 6, 4 / 6)
+
+
+def test_export_rolls_out_on_fresh_train_instances_with_seeds_of_their_own(
+    trained_run, policy, pool
+):
+    export_schedule(trained_run, policy, pool, scale=0.5, episodes=5)
+    seeds = [seed for _, _, seed, _ in pool.jobs]
+    assert len(set(seeds)) == 5
+    for _, instance, _, _ in pool.jobs:
+        assert instance.base_lr_scale == 0.5
+        assert TRAIN_SEEDS[0] <= instance.head_seed < TRAIN_SEEDS[1]
+        assert TRAIN_SEEDS[0] <= instance.data_seed < TRAIN_SEEDS[1]
+    assert len({instance.head_seed for _, instance, _, _ in pool.jobs}) == 5
+
+
+def test_export_records_what_the_multipliers_were_learned_with(trained_run, policy, pool):
+    schedule = export_schedule(trained_run, policy, pool, scale=2.0, episodes=2)
+    env = trained_run.experiment.env
+    assert schedule.layer_groups == dict(load_task(TASK).layer_groups)
+    assert (schedule.task, schedule.instances) == (TASK, "unknown-scale")
+    assert (schedule.base_lr, schedule.base_lr_scale) == (env.base_lr, 2.0)
+    assert (schedule.optimizer, schedule.momentum_form) == ("sgd", "pytorch")
+    assert (schedule.lr_factor, schedule.inner_steps) == ("constant", 6)
+    assert schedule.provenance == {"config_digest": trained_run.experiment.digest()}
+    assert validate(EnvSettings, schedule.settings, "") == env
+
+
+def test_export_repeats_exactly_and_survives_its_file(trained_run, policy, pool, tmp_path):
+    first = export_schedule(trained_run, policy, pool, episodes=3)
+    first.save(tmp_path / "schedule.json")
+    assert LearnedSchedule.load(tmp_path / "schedule.json") == first
+    assert export_schedule(trained_run, policy, pool, episodes=3) == first
+
+
+class SometimesDiverges(RandomPolicy):
+    """Holds the start on odd seeds, leaps to the top of the grid on even ones."""
+
+    def __init__(self, leaps) -> None:
+        self._leaps = leaps
+
+    def seed(self, seed):
+        self._now = self._leaps.pop(0)
+
+    def predict(self, *arguments, **keywords):
+        return np.full(5, 6 if self._now else 0), None
+
+
+def test_export_leaves_diverged_rollouts_out(trained_run, inline_pool, make_settings):
+    settings = make_settings(base_lr=1e25, action="grid")
+    pool = RecordingPool(inline_pool(TASK, settings))
+    leaps = iter([True, False, True, False])
+    copies = [SometimesDiverges([leap]) for leap in leaps]
+    original = pool.map
+    pool.map = lambda function, jobs: original(
+        function, [(copy, *job[1:]) for copy, job in zip(copies, jobs, strict=True)]
+    )
+    schedule = export_schedule(trained_run, copies[0], pool, episodes=4)
+    assert [episode.diverged for episode in pool.episodes] == [True, False, True, False]
+    assert schedule.episodes == 2
+    np.testing.assert_array_equal(schedule.multipliers, np.zeros((3, 5)))
+
+
+def test_export_says_so_when_every_rollout_diverged(trained_run, inline_pool, make_settings):
+    class Leap(SometimesDiverges):
+        def seed(self, seed):
+            self._now = True
+
+    pool = inline_pool(TASK, make_settings(base_lr=1e25, action="grid"))
+    with pytest.raises(ConfigError, match=r"all 2 rollouts at scale 3\.0 diverged.*--scale"):
+        export_schedule(trained_run, Leap([]), pool, scale=3.0, episodes=2)
