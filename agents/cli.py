@@ -1,6 +1,7 @@
 """The command `asg`."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -83,6 +84,9 @@ def train_command(
         console.print(
             f"interrupted; the last checkpoint stands: go on with\n  asg train "
             f"{experiment} --out {out} --resume"
+            + "".join(f" --set {shlex.quote(setting)}" for setting in settings or ()),
+            soft_wrap=True,
+            markup=False,
         )
         raise
     _evaluate(run, loaded.train.test_instances, loaded.train.workers)
@@ -162,7 +166,8 @@ def fit_command(
         settings = run.experiment.env
         policy = _policy(run, training_seed)
     trainer = build_trainer(task, settings)
-    if schedule is not None and dict(learned.layer_groups) != dict(trainer.patterns):
+    # Items, not dicts: in another order, multipliers would go to the wrong groups.
+    if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
         raise ConfigError(
             f"{schedule} is for the groups {list(learned.layer_groups)}, {task} has "
             f"{list(trainer.layer_groups)}; export one on this task"
@@ -172,6 +177,7 @@ def fit_command(
     elif policy is not None:
         policy.seed(derive_seed(seed, "fit-actions"))
         source = LiveController(policy, settings, trainer, deterministic)
+    _make_folder(out)  # now, not after the training
     began = time.perf_counter()
     records = fit(trainer, source, instance, settings.windows())
     seconds = time.perf_counter() - began
@@ -367,13 +373,21 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+
+
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     from agents.experiment import write_text
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
         temporary = out / "model.safetensors.tmp"
         state = trainer.optimizee.state_dict()  # channels-last tensors are stored in plain order
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(temporary))

@@ -268,7 +268,8 @@ def compare(
         report: Called with what is being judged.
 
     Raises:
-        ConfigError: Another run is on another task or instance set.
+        ConfigError: Another run is on another task or instance set, or has another number of
+            training seeds, so that no differences can be taken.
     """
     experiment = run.experiment
     for other, _ in beside:
@@ -277,6 +278,11 @@ def compare(
             raise ConfigError(
                 f"--beside {other.path} is on {theirs.task}, {theirs.env.instances}, this run on "
                 f"{ours.task}, {ours.env.instances}; compare runs on the same instances"
+            )
+        if theirs.train.seeds not in (1, ours.train.seeds):
+            raise ConfigError(
+                f"--beside {other.path} has {theirs.train.seeds} training seeds, this run has "
+                f"{ours.train.seeds}; compare runs of as many seeds"
             )
     groups = len(load_task(experiment.task).layer_groups)
     space = ACTIONS[experiment.env.action](experiment.env.grid, groups).space

@@ -10,6 +10,7 @@ Example:
 import json
 import math
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from asg_env.core.layer_groups import build_param_groups, effective_lrs
+from asg_env.core.layer_groups import build_param_groups, effective_lrs, set_learning_rates
 from asg_env.core.optimizers import ScaledVelocitySGD, lr_factor
 
 FORMAT, VERSION = "asg-env-schedule", 1
@@ -69,9 +70,16 @@ class LearnedSchedule:
         """Check what every reader relies on.
 
         Raises:
-            ValueError: The shapes disagree, a number is not finite or is negative, or the knots
-                do not increase from 0.
+            ValueError: The shapes disagree, a number is not finite or is negative, the knots do
+                not increase from 0, or a name or a pattern is none.
         """
+        if not isinstance(self.layer_groups, dict) or not all(
+            map(_is_pattern, self.layer_groups.values())
+        ):
+            raise ValueError(
+                "schedule `layer_groups` must map names to patterns (regular expressions), got "
+                f"{self.layer_groups}"
+            )
         if not self.layer_groups:
             raise ValueError("schedule `layer_groups` must name at least one group, got none")
         knots = self.knots
@@ -95,6 +103,11 @@ class LearnedSchedule:
                     raise ValueError(f"schedule `{name}` must be finite and >= 0, got {value}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"schedule `base_lr` must be a finite number > 0, got {self.base_lr}")
+        if self.momentum_form not in ("pytorch", "scaled-velocity"):
+            raise ValueError(
+                "schedule `momentum_form` must be pytorch or scaled-velocity, got "
+                f"{self.momentum_form!r}"
+            )
         if self.lr_factor not in ("constant", "warmup-poly"):
             raise ValueError(
                 f"schedule `lr_factor` must be constant or warmup-poly, got {self.lr_factor!r}"
@@ -175,6 +188,13 @@ class LearnedSchedule:
         return ScheduleLR(optimizer, self, total_steps)
 
 
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 class ScheduleLR(LRScheduler):
     """lr_g = initial_lr_g * multiplier_g(step / total_steps) * common factor.
 
@@ -221,9 +241,14 @@ class ScheduleLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; the optimizer's own state is loaded separately."""
+        """Go on from a `state_dict`, at its rates; the optimizer's own state is loaded separately.
+
+        Before or after: making a scheduler sets the rates of its first step, here they are set
+        back to those of the step to come.
+        """
         self.__dict__.update(state_dict)
         self._set_length(self.total_steps)
+        set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
 
     def _set_length(self, total_steps: int) -> None:
         # Window starts in whole inner steps: exact, where comparing step / total_steps with a

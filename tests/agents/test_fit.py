@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from agents.baselines import Static
 from agents.fit import LiveController, ScheduleController, fit
 from agents.policy import RandomPolicy
-from agents.reinforce import ReinforcePolicy, layout_of
+from agents.reinforce import LSTMPolicyNetwork, ReinforcePolicy, layout_of
 from agents.rollout import run_controller, run_policy
 from asg_env.env import build_trainer
 from asg_env.schedule import LearnedSchedule
@@ -16,8 +18,6 @@ TASK = "ASG/Digits-v0"
 
 def lively_policy(settings) -> ReinforcePolicy:
     """Weights large enough that observation and memory move the actions."""
-    from agents.reinforce import LSTMPolicyNetwork
-
     generator = torch.Generator().manual_seed(5)
     network = LSTMPolicyNetwork(layout_of(TASK, settings), 6, generator)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def schedule_of(settings, multipliers) -> LearnedSchedule:
     "changes",
     [
         {"observation": "scaled"},
-        {"observation": "asg", "action": "grid", "grid": "linear", "start_multiplier": 1.0},
+        {"observation": "asg", "action": "grid", "grid": "linear", "base_lr": 0.02},
         {"observation": "extended"},
         {"observation": "scaled", "reward": "train_loss", "momentum_form": "scaled-velocity"},
         {
@@ -178,8 +178,6 @@ def test_fit_stops_when_the_training_diverges(make_settings, instance):
 
 
 def test_fit_scales_the_base_rate_by_the_instance(make_settings, instance):
-    from dataclasses import replace
-
     settings = make_settings()
     trainer = build_trainer(TASK, settings)
     fit(trainer, Static((0.2,) * 5), instance, settings.windows())

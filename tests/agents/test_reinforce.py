@@ -35,7 +35,7 @@ def original_layout() -> Layout:
 
 def small_layout(shared: int = 2, groups: int = 1, actions: int = 3) -> Layout:
     """`shared` features, no features of the groups' own."""
-    return Layout(tuple(range(shared)), ((),) * groups, actions, stay=None)
+    return Layout(tuple(range(shared)), ((),) * groups, actions)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -184,10 +184,10 @@ def test_layout_sorts_entries_by_label():
     layout = original_layout()
     assert layout.shared == (0, 1, 2, 3, 4)
     assert layout.per_group == tuple((i,) for i in range(5, 12))
-    assert (layout.actions, layout.stay) == (11, None)
+    assert layout.actions == 11
     extended = Observation("extended", ("a", "b"), "log").labels
     layout = Layout.of(extended, ("a", "b"), RelativeAction("log", 2))
-    assert (layout.actions, layout.stay) == (3, 1)
+    assert layout.actions == 3
     assert layout.shared == (0, 1, 2, 3, 4)
     assert layout.per_group == ((5, 7, 9, 11), (6, 8, 10, 12))
 
@@ -215,36 +215,6 @@ def test_layout_of_an_environment_matches_its_spaces(
     width = make_env(**changes).observation_space.shape[0]
     used = sorted([*layout.shared, *(i for entries in layout.per_group for i in entries)])
     assert used == list(range(width))
-
-
-def first_probabilities(learner: Reinforce) -> torch.Tensor:
-    network = learner.policy.network
-    rows = observations(1, 20, len(network.layout.shared))
-    return network(rows, network.initial_state(20))[0].exp()
-
-
-@pytest.mark.parametrize(
-    ("changes", "probability"),
-    [
-        ({}, np.exp(2) / (np.exp(2) + 2)),
-        ({"stay_bias": 1.0}, np.e / (np.e + 2)),
-        ({"stay_bias": 0.0}, 1 / 3),
-    ],
-)
-def test_first_relative_actions_stay_as_often_as_the_bias_says(changes, probability):
-    layout = Layout((0, 1), ((), ()), 3, stay=1)
-    first = first_probabilities(Reinforce(layout, settings(**changes), seed=0))
-    torch.testing.assert_close(
-        first[..., 1], torch.full_like(first[..., 1], probability), atol=0.01, rtol=0
-    )
-    torch.testing.assert_close(first[..., 0], first[..., 2], atol=0.01, rtol=0)
-
-
-def test_first_grid_actions_are_near_uniform_and_refuse_a_stay_bias():
-    first = first_probabilities(Reinforce(small_layout(actions=7), settings(), seed=0))
-    torch.testing.assert_close(first, torch.full_like(first, 1 / 7), atol=0.01, rtol=0)
-    with pytest.raises(ConfigError, match=r"`agent\.stay_bias` needs env\.action relative"):
-        Reinforce(small_layout(actions=7), settings(stay_bias=1.0), seed=0)
 
 
 # Acting
@@ -421,7 +391,7 @@ def uneven_batch(make_episode, layout: Layout, width: int) -> list:
 def test_update_with_one_pass_follows_the_hand_written_reinforce_gradient(
     make_episode, entropy_weight
 ):
-    layout = Layout((0, 1), ((2,), (3,)), 3, stay=None)
+    layout = Layout((0, 1), ((2,), (3,)), 3)
     learner = Reinforce(layout, settings(max_grad_norm=1e9, discount=0.9), seed=0)
     episodes = uneven_batch(make_episode, layout, 4)
     network = copy.deepcopy(learner.policy.network)
