@@ -98,7 +98,8 @@ def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("progress of the training")
     axes.set_ylabel("outer_valid accuracy")
     axes.set_title("mean and middle half of the runs", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    if axes.lines:  # none where the reward reads no real label
+        axes.legend(fontsize=8, loc="lower right")
 
 
 def _comparison(axes: Any, summary: dict[str, Any]) -> None:

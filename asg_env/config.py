@@ -189,6 +189,8 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
         return model(**values)
     except ValidationError as error:
         raise ConfigError(_sentence(error, model, where)) from None
+    except OverflowError:
+        raise ConfigError(f"`{where}` holds an integer too large to use; lower it") from None
     except TypeError as error:  # a key that is not a string
         raise ConfigError(f"`{where}` must have text keys, got {list(values)}: {error}") from None
 

@@ -127,11 +127,10 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self._running = True
         batches = min(RESET_BATCHES, self._windows[0])
         self._telemetry = self.trainer.initial_report(batches)
-        self._previous_ce = self._telemetry.ce
         self._measurements = self._measure()
         self.history = EpisodeHistory(self.trainer.layer_groups, self.horizon)
         info = self._info({name: 0.0 for name in self._reward.weights})
-        return self._encode(), info
+        return self._encode(self._telemetry.ce), info
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Decode the action and train for one window.
@@ -165,7 +164,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         multipliers = tuple(float(m) for m in multipliers)
         telemetry = self.trainer.run(self._windows[self._step_index], multipliers)
         self._multipliers = multipliers  # only now: refused multipliers change nothing
-        self._previous_ce, self._telemetry = self._telemetry.ce, telemetry
+        previous_ce, self._telemetry = self._telemetry.ce, telemetry
         before = self._measurements
         self._measurements = self._measure()
         self._step_index += 1
@@ -174,7 +173,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         terms = self._reward.terms(self._measurements, before, last=terminated)
         info = self._info(terms)
         self.history.append(info)
-        return self._encode(), self._reward.total(terms), terminated, False, info
+        return self._encode(previous_ce), self._reward.total(terms), terminated, False, info
 
     @property
     def telemetry(self) -> Telemetry:
@@ -196,7 +195,6 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
             "step_index": self._step_index,
             "multipliers": self._multipliers,
             "telemetry": self._telemetry,
-            "previous_ce": self._previous_ce,
             "measurements": self._measurements,
             "history": self.history.copy(),
             "running": self._running,
@@ -209,7 +207,6 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self._step_index = snapshot["step_index"]
         self._multipliers = snapshot["multipliers"]
         self._telemetry = snapshot["telemetry"]
-        self._previous_ce = snapshot["previous_ce"]
         self._measurements = snapshot["measurements"]
         self.history = snapshot["history"].copy()
         self._running = snapshot["running"]
@@ -255,10 +252,10 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
     def _progress(self) -> float:
         return self.trainer.inner_step / sum(self._windows)
 
-    def _encode(self) -> np.ndarray:
+    def _encode(self, previous_ce: float) -> np.ndarray:
         return self._observation.encode(
             self._telemetry,
-            self._previous_ce,
+            previous_ce,
             self._progress(),
             self._multipliers,
             self._measurements.loss.get("inner_valid", 0.0),
@@ -294,8 +291,8 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
     task = load_task(task_id)
     try:
         device = torch.device(settings.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"`device` must be a torch device of this machine, got {settings.device!r} "

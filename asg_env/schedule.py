@@ -82,6 +82,8 @@ class LearnedSchedule:
             )
         if not self.layer_groups:
             raise ValueError("schedule `layer_groups` must name at least one group, got none")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"schedule `settings` must be a mapping, got {self.settings!r}")
         knots = self.knots
         if (
             not knots

@@ -43,5 +43,9 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which rows are classified rightly, shape (B,), bool."""
-    return torch.eq(logits.argmax(dim=1), labels)
+    """Which rows are classified rightly, shape (B,), bool.
+
+    A row with a score that is not finite is wrong: weights can be huge and still finite after the
+    last window, and argmax would call such rows class 0.
+    """
+    return torch.eq(logits.argmax(dim=1), labels) & logits.isfinite().all(dim=1)

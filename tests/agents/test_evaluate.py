@@ -1,5 +1,6 @@
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,13 @@ SOURCES = [
     for package in (agents, asg_env)
     for path in sorted(Path(package.__file__).parent.rglob("*.py"))
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.statistics.RESAMPLES", 200)
+        yield
 
 
 # Who reads the test split
@@ -66,7 +74,9 @@ def test_episodes_never_read_the_test_split(make_env, instance, monkeypatch, obs
     env = make_env(observation=observation, reward=reward)
     read = []
     original = env.trainer.evaluate
-    monkeypatch.setattr(env.trainer, "evaluate", lambda split: read.append(split) or original(split))
+    monkeypatch.setattr(
+        env.trainer, "evaluate", lambda split: read.append(split) or original(split)
+    )
     policy = RandomPolicy(env.action_space)
     run_policy(env, policy, instance, seed=0, deterministic=False)
     run_controller(env, Static((0.1,) * 5), instance)
@@ -125,8 +135,6 @@ def test_judge_scores_a_diverged_run_zero(make_env, instance):
 @pytest.fixture(scope="module")
 def run(trained_run, tmp_path_factory):
     """A copy that the evaluation may write its searches to."""
-    import shutil
-
     path = tmp_path_factory.mktemp("evaluated") / "run"
     shutil.copytree(trained_run.path, path)
     return RunFolder.open(path)
@@ -243,7 +251,9 @@ def test_rows_have_no_reference_line_where_the_scale_is_fixed(
     run = RunFolder.create(tmp_path / "run", experiment, False, False)
     train(run, lambda *_: None)
     pool = inline_pool(TASK, experiment.env)
-    found = Evaluation(run, pool, groups=5)._search_rows(published_test_instances(TASK, "fixed")[:1])
+    found = Evaluation(run, pool, groups=5)._search_rows(
+        published_test_instances(TASK, "fixed")[:1]
+    )
     assert [row.name for row in found] == ["static search"]
 
 

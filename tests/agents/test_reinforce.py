@@ -89,9 +89,7 @@ def test_network_state_dict_has_the_originals_names_and_shapes():
         "bias_hh_l0": (80,),
     }
     expected = {
-        f"net.state_encoder.{i}.rnn.{name}": shape
-        for i in range(5)
-        for name, shape in lstm.items()
+        f"net.state_encoder.{i}.rnn.{name}": shape for i in range(5) for name, shape in lstm.items()
     }
     for g in range(7):
         expected[f"action_distribution.linear.{g}.weight"] = (11, 101)

@@ -79,8 +79,7 @@ def test_search_finds_the_best_vector_that_it_drew(make_scorer, budget):
 
 def test_search_finds_a_better_vector_with_a_larger_budget(make_scorer):
     accuracies = [
-        search_static(make_scorer(), "log", 5, budget, seed=0).accuracy
-        for budget in (4, 100, 4000)
+        search_static(make_scorer(), "log", 5, budget, seed=0).accuracy for budget in (4, 100, 4000)
     ]
     assert accuracies[0] < accuracies[1] < accuracies[2]
     assert accuracies[2] > 0.9

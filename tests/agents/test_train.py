@@ -177,9 +177,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_train_resumes_to_the_same_bytes_after_kill_9(
-    make_experiment, no_workers, whole, tmp_path
-):
+def test_train_resumes_to_the_same_bytes_after_kill_9(make_experiment, no_workers, whole, tmp_path):
     run = start(tmp_path / "run", make_experiment(**FOUR))
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")

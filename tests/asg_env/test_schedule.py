@@ -149,6 +149,7 @@ def write(tmp_path):
         ({"layer_groups": ["body", "head"]}, "`layer_groups` must map names to patterns"),
         ({"layer_groups": {"body": 0, "head": 2}}, "`layer_groups` must map names to patterns"),
         ({"layer_groups": {"body": "(", "head": "2"}}, "`layer_groups` must map names to patterns"),
+        ({"settings": [1]}, r"`settings` must be a mapping, got \[1\]"),
         ({"momentum_form": "nesterov"}, "`momentum_form` must be pytorch or scaled-velocity"),
     ],
 )
@@ -307,7 +308,9 @@ def test_schedule_lr_state_is_plain_numbers():
     assert (state["last_epoch"], state["total_steps"]) == (3, 8)
 
 
-@pytest.mark.parametrize("optimizer_first", [False, True], ids=["scheduler-first", "optimizer-first"])
+@pytest.mark.parametrize(
+    "optimizer_first", [False, True], ids=["scheduler-first", "optimizer-first"]
+)
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 7])
 def test_schedule_lr_resumes_midway_exactly(tmp_path, at, optimizer_first):
     learned = schedule()
