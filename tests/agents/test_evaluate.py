@@ -129,6 +129,17 @@ def test_judge_scores_a_diverged_run_zero(make_env, instance):
     assert result.retention == 0.0
 
 
+def test_judge_scores_divergence_zero_whatever_the_network_answers(env, instance):
+    run_controller(env, Static((0.1,) * 5), instance)
+    correct, retention = evaluate.test_network(env.trainer, diverged=False)
+    assert correct.mean() > 0.2
+    assert retention > 0.5
+    correct, retention = evaluate.test_network(env.trainer, diverged=True)
+    assert correct.shape == (1500,)
+    assert not correct.any()
+    assert retention == 0.0
+
+
 # The protocol
 
 

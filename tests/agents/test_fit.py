@@ -26,6 +26,17 @@ def lively_policy(settings) -> ReinforcePolicy:
     return ReinforcePolicy(network)
 
 
+class Watched:
+    """A policy, and what it was shown."""
+
+    def __init__(self, policy) -> None:
+        self._policy, self.seen = policy, []
+
+    def predict(self, observation, *arguments, **keywords):
+        self.seen.append(observation)
+        return self._policy.predict(observation, *arguments, **keywords)
+
+
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in trainer.optimizee.state_dict().items()}
 
@@ -84,8 +95,10 @@ def test_live_controller_trains_as_the_environment_does_bit_for_bit(
     expected = weights(env.trainer)
     trainer = build_trainer(TASK, env.settings)
     policy.seed(17)
-    controller = LiveController(policy, env.settings, trainer, deterministic)
+    watched = Watched(policy)
+    controller = LiveController(watched, env.settings, trainer, deterministic)
     records = fit(trainer, controller, instance, env.settings.windows())
+    np.testing.assert_array_equal(watched.seen, episode.observations)
     assert_same_weights(weights(trainer), expected)
     assert np.ptp(episode.multipliers) > 0  # the policy did something
     np.testing.assert_array_equal([r["lr_multipliers"] for r in records], episode.multipliers)
