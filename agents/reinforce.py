@@ -272,11 +272,11 @@ class Reinforce:
         """Take the update's gradient steps on a batch of rollouts.
 
         loss = -mean over episodes of sum_t A_t * min-clipped ratio_t
-               - entropy_weight * mean entropy per group,
+               - entropy_weight * T * mean entropy per group,
 
-        where ratio_t is the joint probability of the step's actions over that at the time of
-        acting. With one pass the ratio is 1 and this is the REINFORCE gradient; further passes
-        reuse the rollouts within the clipped region, as PPO does.
+        where T is the longest episode and ratio_t is the joint probability of the step's actions
+        over that at the time of acting. With one pass the ratio is 1 and this is the REINFORCE
+        gradient; further passes reuse the rollouts within the clipped region, as PPO does.
 
         Returns:
             Entropy [nats per group] and gradient norm before clipping, of the last pass.

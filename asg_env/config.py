@@ -274,9 +274,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
-        raise ConfigError(
-            f"the text is not YAML{line} ({getattr(error, 'problem', error)}); mend it"
-        ) from None
+        reason = str(getattr(error, "problem", error)).splitlines()[0]
+        raise ConfigError(f"the text is not YAML{line} ({reason}); mend it") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Experiment files, shipped as package data."""

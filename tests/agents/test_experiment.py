@@ -145,6 +145,8 @@ def test_experiment_refuses_malformed_overrides(write, override, message):
         ("env: digits-nowhere\n", "env 'digits-nowhere' is none of the shipped ones"),
         ("- a\n- b\n", "must hold a mapping of settings, got list"),
         ("env: [\n", "the text is not YAML in line"),
+        ("seed: \x07\n", "the text is not YAML .unacceptable character"),
+        ("seed: !!python/name:os.system\n", "the text is not YAML in line 1 .could not determine"),
         ("seed: 1\nseed: 2\n", "`seed` is repeated in line 2; keep one of them"),
         ("env: {horizon: 3, horizon: 4}\n", "`horizon` is repeated in line 1"),
         ("", "must hold a mapping of settings, got NoneType"),
