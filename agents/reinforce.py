@@ -32,7 +32,7 @@ class ReinforceSettings(Settings):
     """`agent:` of an experiment file, for `kind: reinforce`."""
 
     kind: Literal["reinforce"] = "reinforce"
-    updates: Annotated[int, Field(ge=1)] = 40
+    updates: Annotated[int, Field(ge=1)] = 30
     instances_per_update: Annotated[int, Field(ge=1)] = 4
     rollouts_per_instance: Annotated[int, Field(ge=2)] = 8
     hidden_size: Annotated[int, Field(ge=1)] = 20

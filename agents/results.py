@@ -28,6 +28,7 @@ def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
     searching = experiment.search_episodes > 0
     unknown = experiment.env.instances != "fixed"
     searches = (train.seeds + unknown) * experiment.search_episodes if searching else 0
+    tuning += 2 * train.seeds * train.tuning_instances  # greedy or sampled
     rows = 2 * train.seeds + len(FAMILIES) + 1 + searching * (train.seeds + 2 * unknown)
     return tuning + searches + rows * train.test_instances
 
@@ -102,4 +103,4 @@ def _footnote(summary: dict[str, Any]) -> str:
         )
         verdicts[key].append(entry["name"])
     parts = [f"{key} {', '.join(names)}" for key, names in verdicts.items() if names]
-    return "The sampled controller is " + "; ".join(parts) + "."
+    return f"The {summary['protocol']['primary']} is " + "; ".join(parts) + "."

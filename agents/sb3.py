@@ -61,7 +61,7 @@ class PPOSettings(Settings):
     """`agent:` of an experiment file, for `kind: ppo`."""
 
     kind: Literal["ppo"] = "ppo"
-    updates: Annotated[int, Field(ge=1)] = 40
+    updates: Annotated[int, Field(ge=1)] = 30
     episodes_per_update: Annotated[int, Field(ge=2)] = 32  # more where some diverge early
     environments: Annotated[int, Field(ge=1)] = 8  # [processes], whatever train.workers is
     hidden_size: Annotated[int, Field(ge=1)] = 64

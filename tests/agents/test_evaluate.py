@@ -2,6 +2,7 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,16 +169,14 @@ def named(rows: list[Row], name: str) -> Row:
 
 def test_rows_hold_the_controller_first_then_every_baseline(rows):
     names = [row.name for row in rows]
-    assert names == [
-        "controller (sampled)",
-        "controller (greedy)",
+    assert names[2:] == [
         "static search",
         "static, scale known (clipped)",
         "static, scale known (unclipped)",
         *FAMILIES,
         "random policy",
     ]
-    assert names[0] == evaluate.PRIMARY
+    assert set(names[:2]) == set(evaluate.CONTROLLER_ROWS.values())
     assert [row.name for row in rows if row.reference] == names[3:5]
 
 
@@ -321,3 +320,22 @@ def test_summary_counts_diverged_runs_as_zero(rows, make_env, instance):
     assert entry["diverged"] == 1.0
     assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "seeds": 1, "instances": 2}
     assert entry["retention"] == 0.0
+
+
+@pytest.mark.parametrize(("better", "first"), [(True, True), (False, False)])
+def test_the_mode_that_does_better_on_train_instances_comes_first(
+    run, inline_pool, monkeypatch, better, first
+):
+    judged = []
+
+    def outcome(env, policy, instance, seed, deterministic):
+        judged.append(instance)
+        accuracy = 0.6 if deterministic is better else 0.4
+        return SimpleNamespace(accuracy=np.array([0.1, accuracy]))
+
+    monkeypatch.setattr(evaluate, "run_policy", outcome)
+    pool = inline_pool(TASK, run.experiment.env)
+    evaluation = Evaluation(run, pool, groups=5)
+    assert evaluation._better_first(load_policies(run)) == (first, not first)
+    test_instances = published_test_instances(TASK, run.experiment.env.instances)
+    assert not set(judged) & set(test_instances)
