@@ -38,59 +38,71 @@ class Telemetry:
     cause: str
 
 
-def group_norms(tensors: Sequence[Tensor], owners: Tensor, groups: int) -> Tensor:
-    """L2 norms of several lists of parameters, layer group by layer group, without a host sync.
+class WindowRecorder:
+    """Gathers a window's report from the parameters it watches.
 
-    Args:
-        tensors: R lists of P tensors each, one list after another.
-        owners: Index of each parameter's layer group, int64, shape (P,).
-        groups: G.
-
-    Returns:
-        Norms, shape (R, G).
+    Norms are taken over flat copies in buffers that are kept: small fresh tensors in every window
+    would cost more than the arithmetic.
     """
-    squares = torch.stack(torch._foreach_norm(list(tensors))).square_().view(-1, len(owners))
-    return squares.new_zeros(len(squares), groups).index_add_(1, owners, squares).sqrt_()
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Watch parameters whose storage stays in place, per layer group."""
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._weights = [_flat(parameter) for parameter in self._parameters]
+        self._sizes = [sum(p.numel() for p in group) for group in groups]
+        rows = self._weights[0].new_zeros(5, sum(self._sizes))
+        self._rows = rows
+        self._now, self._gradient, self.initial, self._moved, self._stepped = rows
+
+    def start_training(self) -> None:
+        """Remember the weights as those from which drift is measured."""
+        torch.cat(self._weights, out=self.initial)
+
+    def start_window(self) -> None:
+        """Remember the weights as those at the start of the window."""
+        torch.cat(self._weights, out=self._stepped)
+
+    def report(self, steps: Sequence[Tensor]) -> Telemetry:
+        """Reduce the window to its report; the `.tolist()` below is its one host sync.
+
+        Args:
+            steps: Per inner step its ce, kl, objective, head mean and head std, one after another.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        torch.cat(self._weights, out=self._now)
+        torch.cat([_flat(gradient) for gradient in gradients], out=self._gradient)
+        torch.sub(self._now, self.initial, out=self._moved)
+        torch.sub(self._now, self._stepped, out=self._stepped)
+        parts = self._rows.split(self._sizes, dim=1)
+        norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
+        means = torch.stack(list(steps)).view(-1, 5).mean(dim=0)
+        numbers = torch.cat([means, norms.flatten()]).tolist()
+        ce, kl, objective, head_mean, head_std = numbers[:5]
+        groups = len(self._sizes)
+        weights, grad_norms, initial, moved, stepped = (
+            tuple(numbers[5 + groups * i : 5 + groups * (i + 1)]) for i in range(5)
+        )
+        cause = ""
+        if not all(map(math.isfinite, (ce, kl, objective))):
+            cause = "a training loss is not finite"
+        elif not all(map(math.isfinite, grad_norms)):
+            cause = "a gradient norm is not finite"
+        elif not all(map(math.isfinite, (*weights, *moved, *stepped))):
+            cause = "a weight is not finite"
+        return Telemetry(
+            ce=ce,
+            kl=kl,
+            objective=objective,
+            head_mean=head_mean,
+            head_std=head_std,
+            grad_norms=grad_norms,
+            drifts=tuple(m / max(n, 1e-12) for m, n in zip(moved, initial, strict=True)),
+            update_ratios=tuple(s / max(n, 1e-12) for s, n in zip(stepped, weights, strict=True)),
+            diverged=bool(cause),
+            cause=cause,
+        )
 
 
-def summarise_window(
-    steps: Sequence[Tensor],
-    owners: Tensor,
-    groups: int,
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    previous: Sequence[Tensor],
-) -> Telemetry:
-    """Reduce a window to its report; the `.tolist()` below is the window's one host sync.
-
-    Args:
-        steps: Per inner step its ce, kl, objective, head mean and head std, one after another.
-        owners: Index of each parameter's layer group, int64, shape (P,).
-        groups: G.
-        weights: Parameters after the window, group after group.
-        gradients: Gradients of the last inner step.
-        initial: Parameters at the start of training.
-        previous: Parameters at the start of the window.
-    """
-    moved = torch._foreach_sub(list(weights), list(initial))
-    stepped = torch._foreach_sub(list(weights), list(previous))
-    norms = group_norms([*weights, *gradients, *initial, *moved, *stepped], owners, groups)
-    means = torch.stack(list(steps)).view(-1, 5).mean(dim=0)
-    report = torch.cat([means, norms.flatten()]).tolist()
-    ce, kl, objective, head_mean, head_std = report[:5]
-    weight_norms, grad_norms, initial_norms, moved_norms, stepped_norms = (
-        tuple(report[5 + groups * i : 5 + groups * (i + 1)]) for i in range(5)
-    )
-    drifts = tuple(m / max(n, 1e-12) for m, n in zip(moved_norms, initial_norms, strict=True))
-    ratios = tuple(s / max(n, 1e-12) for s, n in zip(stepped_norms, weight_norms, strict=True))
-    cause = ""
-    if not all(map(math.isfinite, (ce, kl, objective))):
-        cause = "a training loss is not finite"
-    elif not all(map(math.isfinite, grad_norms)):
-        cause = "a gradient norm is not finite"
-    elif not all(map(math.isfinite, (*weight_norms, *moved_norms, *stepped_norms))):
-        cause = "a weight is not finite"
-    return Telemetry(
-        ce, kl, objective, head_mean, head_std, grad_norms, drifts, ratios, bool(cause), cause
-    )
+def _flat(tensor: Tensor) -> Tensor:
+    """View a dense tensor as one vector in the order of its memory, channels-last or not."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))

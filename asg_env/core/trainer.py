@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asg_env.core.data import DataOrder, Split
 from asg_env.core.layer_groups import (
@@ -26,7 +26,7 @@ from asg_env.core.optimizers import (
     lr_factor,
 )
 from asg_env.core.seeding import torch_generator
-from asg_env.core.telemetry import Telemetry, summarise_window
+from asg_env.core.telemetry import Telemetry, WindowRecorder
 
 EVALUATION_BATCH = 512  # images per forward pass of `evaluate`
 
@@ -84,13 +84,7 @@ class Trainer:
         self._device = device
         self.patterns = patterns
         self._pretrained = [tensor.clone() for tensor in optimizee.state_dict().values()]
-        groups = list(split_parameters(optimizee, patterns).values())
-        self._parameters: list[Tensor] = [p for group in groups for p in group]
-        owners = [index for index, group in enumerate(groups) for _ in group]
-        self._owners = torch.tensor(owners, device=device)
-        # Written in place: a fresh copy every window would cost more than the copying.
-        self._initial = [p.detach().clone() for p in self._parameters]
-        self._previous = [p.detach().clone() for p in self._parameters]
+        self._recorder = WindowRecorder(list(split_parameters(optimizee, patterns).values()))
         self._teacher: dict[str, Tensor] = {}
         self._teacher_log_probs("train")  # while the weights are the teacher's own
         if "old_task" in self.splits:
@@ -108,7 +102,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), self._pretrained)
             self.optimizee.initialise_head(torch_generator(head_seed, "head"))
-            torch._foreach_copy_(self._initial, self._parameters)
+        self._recorder.start_training()
         self._base_lr = self.settings.base_lr * base_lr_scale
         self._order = DataOrder(
             len(self.splits["train"]), self.settings.batch_size, data_seed, self._device
@@ -136,8 +130,9 @@ class Trainer:
             )
         train, teacher = self.splits["train"], self._teacher["train"]
         head_weight = self.optimizee.head_weight()
-        with torch.no_grad():
-            torch._foreach_copy_(self._previous, self._parameters)
+        self._recorder.start_window()
+        self._set_rates(multipliers)
+        rates_vary = self.settings.lr_factor != "constant"
         records: list[Tensor] = []
         for _ in range(steps):
             index = self._order.indices(self.inner_step)
@@ -147,23 +142,13 @@ class Trainer:
             loss = objective(ce, kl, self.guidance)
             self._optimizer.zero_grad()
             loss.backward()
-            factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
-            set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
+            if rates_vary:
+                self._set_rates(multipliers)
             self._optimizer.step()
             std, mean = torch.std_mean(head_weight.detach())
             records += (ce.detach(), kl.detach(), loss.detach(), mean, std)
             self.inner_step += 1
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        with torch.no_grad():
-            return summarise_window(
-                records,
-                self._owners,
-                len(self.layer_groups),
-                self._parameters,
-                gradients,
-                self._initial,
-                self._previous,
-            )
+        return self._recorder.report(records)
 
     @torch.no_grad()
     def initial_report(self, batches: int) -> Telemetry:
@@ -187,7 +172,8 @@ class Trainer:
     def evaluate(self, split: str) -> Evaluation:
         """Run the optimizee over a whole split; `old_task` is scored through the old head."""
         data = self.splits[split]
-        scores = self._forward_all(data)[1 if split == "old_task" else 0]
+        head = self.optimizee.old_head if split == "old_task" else self.optimizee.head
+        scores = self._forward_all(data, head)
         correct = accuracy_counts(scores, data.labels)
         loss = task_loss(scores, data.labels)
         accuracy, mean_loss = torch.stack((correct.float().mean(), loss)).tolist()
@@ -196,7 +182,7 @@ class Trainer:
     @torch.no_grad()
     def agreement(self, split: str) -> float:
         """Share of images on which the old head predicts what the teacher predicts; no label."""
-        old_logits = self._forward_all(self.splits[split])[1]
+        old_logits = self._forward_all(self.splits[split], self.optimizee.old_head)
         agreed = accuracy_counts(old_logits, self._teacher_log_probs(split).argmax(dim=1))
         return agreed.float().mean().item()
 
@@ -204,7 +190,7 @@ class Trainer:
         """Return everything that the next inner step depends on, as an independent copy."""
         return {
             "optimizee": [t.clone() for t in self.optimizee.state_dict().values()],
-            "initial": [t.clone() for t in self._initial],
+            "initial": self._recorder.initial.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "base_lr": self._base_lr,
             "data_seed": self._data_seed,
@@ -216,17 +202,22 @@ class Trainer:
         self.reset(head_seed=0, data_seed=snapshot["data_seed"])
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), snapshot["optimizee"])
-            torch._foreach_copy_(self._initial, snapshot["initial"])
+            self._recorder.initial.copy_(snapshot["initial"])
         self._optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
         self._base_lr = snapshot["base_lr"]
         self.inner_step = snapshot["inner_step"]
 
-    def _forward_all(self, data: Split) -> tuple[Tensor, Tensor]:
-        outputs = [
-            self.optimizee(data.batch(slice(start, start + EVALUATION_BATCH)))
+    def _set_rates(self, multipliers: Sequence[float]) -> None:
+        factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
+        set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
+
+    def _forward_all(self, data: Split, head: nn.Module) -> Tensor:
+        """Logits of one head for a whole split, (N, C)."""
+        logits = [
+            head(self.optimizee.backbone(data.batch(slice(start, start + EVALUATION_BATCH))))
             for start in range(0, len(data), EVALUATION_BATCH)
         ]
-        return torch.cat([o[0] for o in outputs]), torch.cat([o[1] for o in outputs])
+        return torch.cat(logits)
 
     @torch.no_grad()
     def _teacher_log_probs(self, split: str) -> Tensor:
@@ -234,7 +225,7 @@ class Trainer:
         if split not in self._teacher:
             now = [t.clone() for t in self.optimizee.state_dict().values()]
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), self._pretrained)
-            old_logits = self._forward_all(self.splits[split])[1]
+            old_logits = self._forward_all(self.splits[split], self.optimizee.old_head)
             self._teacher[split] = torch.log_softmax(old_logits, dim=1)
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), now)
         return self._teacher[split]
