@@ -42,10 +42,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     help="Learn layer-wise learning rates for synthetic-to-real training.",
 )
-console = Console() if sys.stdout.isatty() else Console(width=110)
+# Paths and messages are printed as they are: [text] in them is no markup.
+console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
 
 RunPath = Annotated[Path, typer.Argument(help="Run folder: the --out of an `asg train`.")]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes.")]
@@ -66,6 +66,7 @@ def train_command(
 ) -> None:
     """Train a controller, compare it with the baselines, export its schedule, draw the result."""
     loaded = load_experiment(experiment, settings or ())
+    run = None if dry_run else RunFolder.create(out, loaded, resume, overwrite)
     minutes = estimate_minutes(
         loaded, episodes_of_comparison(loaded, len(load_task(loaded.task).layer_groups))
     )
@@ -75,9 +76,8 @@ def train_command(
         f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
         f"training, then {minutes['comparison']:.1f} of comparison"
     )
-    if dry_run:
+    if run is None:
         return
-    run = RunFolder.create(out, loaded, resume, overwrite)
     try:
         _train_with_progress(run)
     except KeyboardInterrupt:
@@ -86,7 +86,6 @@ def train_command(
             f"{experiment} --out {out} --resume"
             + "".join(f" --set {shlex.quote(setting)}" for setting in settings or ()),
             soft_wrap=True,
-            markup=False,
         )
         raise
     _evaluate(run, loaded.train.test_instances, loaded.train.workers)
@@ -157,7 +156,8 @@ def fit_command(
     policy: Policy | None = None
     if schedule is not None:
         learned = _load_schedule(schedule)
-        settings = validate(EnvSettings, learned.settings, "schedule.settings")
+        values = {**learned.settings, "base_lr": learned.base_lr}
+        settings = validate(EnvSettings, values, "schedule.settings")
         source: Controller = ScheduleController(learned)
     elif controller is not None:
         run = RunFolder.open(controller)
@@ -208,7 +208,7 @@ def fit_command(
 def tasks_command() -> None:
     """List the tasks."""
     for task_id in TASK_MODULES:
-        console.print(f"{task_id}  {load_task(task_id).summary}", highlight=False)
+        console.print(f"{task_id}  {load_task(task_id).summary}")
 
 
 @app.command("info")
@@ -402,7 +402,7 @@ def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
 def main() -> None:
     """Entry point of the console script: one sentence and status 2 for a mistake."""
     debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
     try:
         status = app(arguments, standalone_mode=False)
     except KeyboardInterrupt:

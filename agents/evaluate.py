@@ -335,11 +335,12 @@ def training_cost(run: RunFolder) -> dict[str, int]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of a training seed's `metrics.jsonl`."""
+    """Lines of a training seed's `metrics.jsonl`, without one that a kill left unfinished."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:

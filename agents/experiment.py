@@ -235,7 +235,6 @@ def provenance() -> dict[str, Any]:
     packages = {}
     for name in (
         "asg-env",
-        "torch",
         "gymnasium",
         "numpy",
         "stable-baselines3",
@@ -247,6 +246,7 @@ def provenance() -> dict[str, Any]:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             packages[name] = "not installed"
+    packages["torch"] = torch.__version__  # with its build tag, such as +cu130
     return {
         "packages": packages,
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from agents.baselines import FAMILIES
@@ -60,7 +59,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     for entry in _ordered(summary):
         style = "bold" if entry["name"].startswith("controller") else None
         cells = _cells({**entry, "setting": ""})
-        table.add_row(*(escape(cells[index]) for index in columns), style=style)
+        table.add_row(*(cells[index] for index in columns), style=style)
     return table
 
 
