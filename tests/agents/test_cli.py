@@ -659,7 +659,7 @@ def test_fit_reports_a_diverged_training_in_valid_json(asg, schedule, tmp_path):
     path = tmp_path / "schedule.json"
     schedule.save(path)
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["settings"]["base_lr"] = 1e25
+    record["base_lr"] = 1e25
     path.write_text(json.dumps(record), encoding="utf-8")
     result = asg("fit", TASK, "--schedule", path, "--out", tmp_path / "model")
     assert result.status == 0
