@@ -87,7 +87,7 @@ class Cosine:
 
 @dataclass
 class ReduceOnPlateau:
-    """Divide a uniform multiplier by 3 when the training loss has not fallen for a window."""
+    """Divide a uniform multiplier by 3 when the training loss has not fallen for two windows."""
 
     top: float
     patience: int = 1  # windows
@@ -114,8 +114,8 @@ class ReduceOnPlateau:
 class BackOff:
     """Raise a uniform multiplier every window until the loss rises, then step back and hold.
 
-    A rule of thumb for an unknown scale: the largest rate that still lowers the training
-    objective, divided by `back`.
+    A rule of thumb for an unknown scale: the first rate at which the training objective rose,
+    divided by `back`.
     """
 
     start: float

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from agents.baselines import FAMILIES, Controller
 from agents.evaluate import compare, reward_in_words, summarise, test_network
-from agents.experiment import AGENT_MODULES, RunFolder, load_experiment
+from agents.experiment import RunFolder, load_experiment
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.fit import LiveController, ScheduleController, fit
@@ -66,6 +66,7 @@ def train_command(
 ) -> None:
     """Train a controller, compare it with the baselines, export its schedule, draw the result."""
     loaded = load_experiment(experiment, settings or ())
+    loaded.check()
     run = None if dry_run else RunFolder.create(out, loaded, resume, overwrite)
     minutes = estimate_minutes(
         loaded, episodes_of_comparison(loaded, len(load_task(loaded.task).layer_groups))
@@ -221,10 +222,12 @@ def info_command(
     """Print versions, and a task's groups, splits and digest."""
     from agents.experiment import provenance
 
+    if instances is not None and task is None:
+        raise ConfigError("--instances belongs to a task; add --task ID")
+    if instances not in (None, "fixed", "unknown-scale"):
+        raise ConfigError(f"--instances must be fixed or unknown-scale, got {instances}")
     console.print_json(json.dumps(provenance()))
     if task is None:
-        if instances is not None:
-            raise ConfigError("--instances belongs to a task; add --task ID")
         return
     try:
         loaded = load_task(task)
@@ -247,8 +250,6 @@ def info_command(
         )
     )
     if instances is not None:
-        if instances not in ("fixed", "unknown-scale"):
-            raise ConfigError(f"--instances must be fixed or unknown-scale, got {instances}")
         listed = published_test_instances(task, instances)  # type: ignore[arg-type]
         console.print_json(json.dumps([i.to_dict() for i in listed]))
 
@@ -304,8 +305,11 @@ def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] =
 def _export(run: RunFolder, out: Path, scale: float, episodes: int, training_seed: int) -> None:
     _checked_instance(run.experiment.task, 0, scale)
     policy = _policy(run, training_seed)
-    with RolloutPool(run.experiment.task, run.experiment.env, 2) as pool:
+    experiment = run.experiment
+    with RolloutPool(experiment.task, experiment.env, experiment.train.workers) as pool:
         schedule = export_schedule(run, policy, pool, scale, episodes)
+    if schedule.episodes < episodes:
+        console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
     try:
         schedule.save(out)
     except OSError as error:
@@ -415,14 +419,15 @@ def main() -> None:
         if debug:
             raise
         message = getattr(error, "format_message", None)
+        if isinstance(error, OSError) and error.strerror:
+            print(f"asg: {error.filename}: {error.strerror}; mend that first", file=sys.stderr)
+            sys.exit(2)
         if message is None and not isinstance(error, ConfigError):
             raise
         print(f"asg: {message() if message else error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status or 0)
 
-
-__all__ = ["AGENT_MODULES", "app", "main"]
 
 if __name__ == "__main__":
     main()

@@ -177,8 +177,9 @@ class Evaluation:
         setting: str = "",
     ) -> Row:
         self._report(name)
+        stream = CONTROLLER_ROWS[deterministic]  # of sampled actions, whatever the row is called
         jobs = [
-            (policy, instance, derive_seed(EVALUATION_SEED, name, seed, index), deterministic)
+            (policy, instance, derive_seed(EVALUATION_SEED, stream, seed, index), deterministic)
             for seed, policy in enumerate(policies)
             for index, instance in enumerate(listed)
         ]
@@ -262,8 +263,11 @@ class Evaluation:
         """Search once and keep the result in the run folder."""
         path = self._run.path / file
         if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return SearchResult(**{**stored, "vector": tuple(stored["vector"])})
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                return SearchResult(**{**stored, "vector": tuple(stored["vector"])})
+            except (ValueError, TypeError, KeyError):
+                raise ConfigError(f"{path} is no whole search result; delete it") from None
         experiment = self._experiment
         budget = experiment.search_episodes
         self._report(f"static search over {budget} episodes ({file})")

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from agents.search import FIRST_RUNG
 from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
+from asg_env.env import build_trainer
 from asg_env.tasks import TASK_MODULES
 
 # `agent.kind` -> its module, imported when asked for; each has `AgentSettings` and `Learner`.
@@ -73,6 +74,15 @@ class Experiment:
             raise ConfigError(f"`seed` must be an integer >= 0, got {seed!r}; set seed")
         self.seed = seed
 
+    def check(self) -> None:
+        """Build environment and agent once, so that a setting that fits neither is found early.
+
+        Raises:
+            ConfigError: A setting does not fit the task, the machine or the agent.
+        """
+        build_trainer(self.task, self.env)
+        self.agent_module.Learner(self.task, self.env, self.agent, self.seed, self.train.workers)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved values: what `config.yaml` of a run folder holds."""
         return {
@@ -116,14 +126,20 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: The file or a value cannot be used.
     """
     values = read_yaml(_config_path("experiment", name))
-    for section in ("env", "agent"):
-        if isinstance(values.get(section), str):
-            values[section] = read_yaml(_config_path(section, values[section]))
+    assignments = []
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
+        if key in ("env", "agent"):  # another whole section, before single values of it
+            values[key] = parse_yaml(text)
+        else:
+            assignments.append((override, parts, text))
+    for section in ("env", "agent"):
+        if isinstance(values.get(section), str):
+            values[section] = read_yaml(_config_path(section, values[section]))
+    for override, parts, text in assignments:
         target = values
         for part in parts[:-1]:
             target = target.setdefault(part, {})
@@ -230,10 +246,9 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and threads: what bits depend on."""
-    packages = {}
-    for name in (
+def versions() -> dict[str, str]:
+    """Versions of the packages that bits depend on; torch's with its build tag."""
+    names = (
         "asg-env",
         "gymnasium",
         "numpy",
@@ -241,14 +256,20 @@ def provenance() -> dict[str, Any]:
         "mlxtend",
         "matplotlib",
         "pillow",
-    ):
+    )
+    found = {"torch": str(torch.__version__)}
+    for name in names:
         try:
-            packages[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            packages[name] = "not installed"
-    packages["torch"] = torch.__version__  # with its build tag, such as +cu130
+            found[name] = "not installed"
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and threads: what bits depend on."""
     return {
-        "packages": packages,
+        "packages": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": _commit(),
@@ -258,16 +279,18 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Commit of the source tree, or "" outside one."""
-    try:
+    """Commit of the source tree, with `+changes` if it is modified; "" outside one."""
+    source = Path(__file__).parents[1]
+    if not (source / ".git").exists():  # an installed copy, perhaps inside somebody's repository
+        return ""
+
+    def git(*arguments: str) -> str:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True, timeout=10
         )
+        return answer.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return answer.stdout.strip()

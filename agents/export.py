@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from agents.experiment import RunFolder
+from agents.experiment import RunFolder, versions
 from agents.policy import Policy
 from agents.rollout import Episode, RolloutPool, run_policy
 from asg_env.config import ConfigError
@@ -24,7 +24,8 @@ def export_schedule(
 ) -> LearnedSchedule:
     """Roll the policy out on fresh train instances and average its multipliers.
 
-    Actions are sampled, as in the comparison's first row. Under an unknown scale the average
+    Actions are sampled, whichever of sampled and greedy did better in the comparison, and rollouts
+    that diverge are left out. Under an unknown scale the average
     blurs what the controller does: there the live controller is the artefact, and this is its
     behaviour at one scale.
 
@@ -70,5 +71,5 @@ def export_schedule(
         base_lr_scale=scale,
         inner_steps=rollouts[0].inner_steps,
         settings=experiment.env.model_dump(exclude_none=True),
-        provenance={"config_digest": experiment.digest()},
+        provenance={"config_digest": experiment.digest(), **versions()},
     )

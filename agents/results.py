@@ -17,7 +17,16 @@ HEADINGS = (
     "tuning episodes",
     "controller minus this",
 )
-SHOWN = ("method", "test accuracy (IQM)", "95 % interval", "retention", "controller minus this")
+SHOWN = (
+    "method",
+    "test accuracy (IQM)",
+    "95 % interval",
+    "mean ± std",
+    "diverged",
+    "controller minus this",
+)
+
+FEW_SEEDS = 5  # below this the footnote warns
 
 
 def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
@@ -102,4 +111,12 @@ def _footnote(summary: dict[str, Any]) -> str:
         )
         verdicts[key].append(entry["name"])
     parts = [f"{key} {', '.join(names)}" for key, names in verdicts.items() if names]
-    return f"The {summary['protocol']['primary']} is " + "; ".join(parts) + "."
+    primary, seeds = summary["protocol"]["primary"], summary["protocol"]["training_seeds"]
+    text = (
+        f"By the interval of the paired difference, {primary} is {'; '.join(parts)}. The "
+        "interquartile mean drops the worst quarter of the runs: read the mean and the share that "
+        "diverged beside it. A difference is the interquartile mean of paired differences."
+    )
+    if seeds < FEW_SEEDS:
+        text += f" {seeds} training seed(s) say little about another training."
+    return text

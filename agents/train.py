@@ -4,19 +4,16 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.baselines import Static
-from agents.evaluate import read_metrics
 from agents.experiment import Experiment, RunFolder, write_text
 from agents.policy import Policy
 from agents.rollout import RolloutPool, run_controller
 from asg_env.config import ConfigError
-from asg_env.instances import published_test_instances
+from asg_env.instances import Instance
 from asg_env.tasks import load_task
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (seed index, update, metrics)
@@ -108,7 +105,10 @@ def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str
     """
     groups = len(load_task(experiment.task).layer_groups)
     workers = experiment.train.workers
-    instance = published_test_instances(experiment.task, "fixed")[0]
+    # PPO trains on processes of its own, as many as the cores can feed.
+    own = getattr(experiment.agent, "environments", workers)
+    trainers = min(own, os.cpu_count() or 1) if own != workers else workers
+    instance = Instance(experiment.task, head_seed=0, data_seed=0)
     job = (Static((0.01,) * groups), instance)
     with RolloutPool(experiment.task, experiment.env, workers) as pool:
         list(pool.map(run_controller, [job] * workers))  # warm-up
@@ -117,14 +117,7 @@ def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str
         seconds = (time.perf_counter() - began) / 2
     training = experiment.agent.episodes * experiment.train.seeds
     return {
-        "training": training * seconds / workers / 60,
+        "training": training * seconds / trainers / 60,
         "comparison": baseline_episodes * seconds / workers / 60,
         "seconds_per_episode": seconds,
     }
-
-
-def learning_curves(run: RunFolder) -> list[list[dict[str, Any]]]:
-    """Metrics of every training seed."""
-    return [
-        read_metrics(Path(run.seed_folder(index))) for index in range(run.experiment.train.seeds)
-    ]

@@ -80,7 +80,7 @@ def render_rgb_array(history: EpisodeHistory) -> np.ndarray:
     if history.accuracy:
         curves.plot(steps, history.accuracy, label="outer_valid accuracy")
     curves.set_xlim(-0.5, history.horizon - 0.5)
-    curves.set_ylim(0, 2)
+    curves.set_ylim(bottom=0)
     curves.set_xlabel("env step")
     curves.legend(loc="upper right")
     canvas.draw()

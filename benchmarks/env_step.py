@@ -1,6 +1,6 @@
 """Environment against a bare loop with the same validation passes; then worker scaling.
 
-    python benchmarks/env_step.py --out env_step.json
+    python -m benchmarks.env_step --out env_step.json
 
 The bare loop trains the same network on the same batches and runs the same forward passes over
 outer_valid after every window. The second figure is rollouts per second of two worker processes

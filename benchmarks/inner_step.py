@@ -1,6 +1,6 @@
 """Inner trainer against a bare PyTorch loop that does the same arithmetic.
 
-    python benchmarks/inner_step.py --out inner_step.json
+    python -m benchmarks.inner_step --out inner_step.json
 
 A and B are interleaved; the figure is the median ratio of the pairs. The bare loop is written
 out below: same network, data, loss and optimizer; no telemetry, no divergence check.

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from agents.experiment import Experiment, RunFolder, load_experiment, provenance, write_text
@@ -294,4 +295,6 @@ def test_provenance_says_what_is_not_installed(monkeypatch):
         raise metadata.PackageNotFoundError
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert set(provenance()["packages"].values()) == {"not installed"}
+    packages = provenance()["packages"]
+    assert packages.pop("torch") == torch.__version__
+    assert set(packages.values()) == {"not installed"}

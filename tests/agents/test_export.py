@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from agents.export import export_schedule
 from agents.policy import RandomPolicy
@@ -68,7 +69,8 @@ def test_export_records_what_the_multipliers_were_learned_with(trained_run, poli
     assert (schedule.base_lr, schedule.base_lr_scale) == (env.base_lr, 2.0)
     assert (schedule.optimizer, schedule.momentum_form) == ("sgd", "pytorch")
     assert (schedule.lr_factor, schedule.inner_steps) == ("constant", 6)
-    assert schedule.provenance == {"config_digest": trained_run.experiment.digest()}
+    assert schedule.provenance["config_digest"] == trained_run.experiment.digest()
+    assert schedule.provenance["torch"] == torch.__version__
     assert validate(EnvSettings, schedule.settings, "") == env
 
 

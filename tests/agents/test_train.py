@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agents.evaluate import read_metrics
 from agents.experiment import RunFolder
-from agents.train import estimate_minutes, learning_curves, load_policies, train
+from agents.train import estimate_minutes, load_policies, train
 from asg_env.config import ConfigError
 
 FOUR = {"agent": {"updates": 4}}
@@ -26,7 +27,7 @@ def checkpoint(run: RunFolder, seed: int = 0) -> Path:
 
 def metrics(run: RunFolder) -> list[dict]:
     """Metrics without the clock."""
-    (lines,) = learning_curves(run)
+    lines = read_metrics(run.seed_folder(0))
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -227,9 +228,16 @@ def test_load_policies_returns_one_per_training_seed(make_experiment, no_workers
     assert not first.network.state_dict()[name].equal(second.network.state_dict()[name])
 
 
-def test_learning_curves_are_empty_before_training(make_experiment, tmp_path):
+def test_metrics_are_empty_before_training(make_experiment, tmp_path):
     run = start(tmp_path / "run", make_experiment(train={"seeds": 2}))
-    assert learning_curves(run) == [[], []]
+    assert read_metrics(run.seed_folder(1)) == []
+
+
+def test_experiment_check_refuses_what_fits_neither_task_nor_agent(make_experiment):
+    with pytest.raises(ConfigError, match="`outer_valid_size` must be <= 1000"):
+        make_experiment(env={"outer_valid_size": 5000}).check()
+    with pytest.raises(ConfigError, match="`env.action` must be grid or relative"):
+        make_experiment(env={"action": "box"}).check()
 
 
 def test_estimate_scales_one_episode_to_the_whole(make_experiment, no_workers):
