@@ -74,31 +74,24 @@ class Observation:
             inner_valid_loss: CE on inner_valid, nats; read by `extended` alone.
         """
         if self.name == "asg":
-            values = np.concatenate(
-                [
-                    [telemetry.ce, telemetry.kl, progress, telemetry.head_mean, telemetry.head_std],
-                    multipliers,
-                ]
-            )
+            head = (telemetry.head_mean, telemetry.head_std)
+            values = np.array([telemetry.ce, telemetry.kl, progress, *head, *multipliers])
         else:
-            log_ce = _scaled_log(telemetry.ce, 1e-3, 4)
-            change = 4 * (log_ce - _scaled_log(previous_ce, 1e-3, 4))
-            parts = [
-                np.array([log_ce, change, _scaled_log(telemetry.kl, 1e-4, 5), progress]),
-                grid_positions(multipliers, self._grid),
-            ]
-            if self.name == "extended":
-                parts.insert(1, np.array([_scaled_log(inner_valid_loss, 1e-3, 4)]))
-                parts += [
-                    _scaled_log(telemetry.grad_norms, 1e-3, 4),
-                    1 + _scaled_log(telemetry.drifts, 1e-4, 5),
-                    1 + _scaled_log(telemetry.update_ratios, 1e-4, 5),
-                ]
-            values = np.concatenate(parts)
+            log_ce, previous = _scaled_log((telemetry.ce, previous_ce), 1e-3, 4)
+            (log_kl,) = _scaled_log((telemetry.kl,), 1e-4, 5)
+            shared = [log_ce, 4 * (log_ce - previous), log_kl, progress]
+            positions = grid_positions(multipliers, self._grid)
+            if self.name == "scaled":
+                values = np.array([*shared, *positions])
+            else:
+                grown = (inner_valid_loss, *telemetry.grad_norms)
+                log_loss, *log_grad_norms = _scaled_log(grown, 1e-3, 4)
+                moved = 1 + _scaled_log((*telemetry.drifts, *telemetry.update_ratios), 1e-4, 5)
+                values = np.array([*shared, log_loss, *positions, *log_grad_norms, *moved])
         values = np.where(np.isnan(values), np.inf, values)
         return np.asarray(np.clip(values, self.space.low, self.space.high), dtype=np.float32)
 
 
-def _scaled_log(value: float | Sequence[float], offset: float, scale: float) -> np.ndarray:
-    """Natural log of a non-negative quantity, kept finite at 0, divided to about [-1, 1]."""
-    return np.asarray(np.log(np.asarray(value, dtype=np.float64) + offset) / scale)
+def _scaled_log(values: Sequence[float], offset: float, scale: float) -> np.ndarray:
+    """Natural log of non-negative quantities, kept finite at 0, divided to about [-1, 1]."""
+    return np.asarray(np.log(np.array(values, dtype=np.float64) + offset) / scale)
