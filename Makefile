@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each creates .venv if it is not there, installs what
-# it needs, and reuses it afterwards.
+# it needs, and reuses it afterwards. pip compiles nothing in advance: most modules of PyTorch are
+# never imported.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -20,12 +21,12 @@ test: .venv/dev
 
 .venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-compile --editable .
 	touch $@
 
 .venv/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 clean:

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from agents.baselines import FAMILIES, Controller
-from agents.evaluate import compare, reward_in_words, summarise, test_network
+from agents.evaluate import acts_greedily, compare, reward_in_words, summarise, test_network
 from agents.experiment import RunFolder, load_experiment
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
@@ -68,29 +68,31 @@ def train_command(
     loaded = load_experiment(experiment, settings or ())
     loaded.check()
     run = None if dry_run else RunFolder.create(out, loaded, resume, overwrite)
-    minutes = estimate_minutes(
-        loaded, episodes_of_comparison(loaded, len(load_task(loaded.task).layer_groups))
-    )
-    console.print(
-        f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
-        f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
-        f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
-        f"training, then {minutes['comparison']:.1f} of comparison"
-    )
-    if run is None:
-        return
     try:
-        _train_with_progress(run)
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted; the last checkpoint stands: go on with\n  asg train "
-            f"{experiment} --out {out} --resume"
-            + "".join(f" --set {shlex.quote(setting)}" for setting in settings or ()),
-            soft_wrap=True,
+        minutes = estimate_minutes(
+            loaded, episodes_of_comparison(loaded, len(load_task(loaded.task).layer_groups))
         )
+        console.print(
+            f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
+            f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
+            f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
+            f"training, then {minutes['comparison']:.1f} of comparison"
+        )
+        if run is None:
+            return
+        _train_with_progress(run)
+        _evaluate(run, loaded.train.test_instances, loaded.train.workers)
+        _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0)
+    except KeyboardInterrupt:
+        if run is not None:
+            again = ["asg", "train", experiment, "--out", str(out), "--resume"]
+            again += [word for setting in settings or () for word in ("--set", setting)]
+            console.print(
+                "interrupted; what is finished stands (checkpoints, searches): go on with\n  "
+                + shlex.join(again),
+                soft_wrap=True,
+            )
         raise
-    _evaluate(run, loaded.train.test_instances, loaded.train.workers)
-    _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0)
 
 
 @app.command("evaluate")
@@ -105,7 +107,9 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Judge a trained controller on unseen instances, beside every baseline."""
-    _evaluate(RunFolder.open(run), instances, workers, beside or ())
+    opened = RunFolder.open(run)
+    opened.experiment.check()  # its device may not be here
+    _evaluate(opened, instances, workers, beside or ())
 
 
 @app.command("export")
@@ -119,7 +123,9 @@ def export_command(
     training_seed: Annotated[int, typer.Option(min=0, help="Which training seed.")] = 0,
 ) -> None:
     """Average the controller's multipliers over rollouts and write them as a schedule."""
-    _export(RunFolder.open(run), out, scale, episodes, training_seed)
+    opened = RunFolder.open(run)
+    opened.experiment.check()  # its device may not be here
+    _export(opened, out, scale, episodes, training_seed)
 
 
 @app.command("fit")
@@ -133,18 +139,21 @@ def fit_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of head and data order.")] = 0,
     scale: Annotated[float, typer.Option(help="Factor on the base learning rate.")] = 1.0,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Greedy instead of sampled actions.")
-    ] = False,
+    greedy: Annotated[
+        bool | None,
+        typer.Option(
+            "--greedy/--sampled", help="How a controller acts; if left out, what its run chose."
+        ),
+    ] = None,
     training_seed: Annotated[int, typer.Option(min=0, help="Which policy of the run.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
 ) -> None:
     """Train a network once, outside the environment, and save it."""
     if sum(x is not None for x in (schedule, controller, baseline)) != 1:
         raise ConfigError("give exactly one of --schedule, --controller and --baseline")
-    if controller is None and (deterministic or training_seed):
+    if controller is None and (greedy is not None or training_seed):
         raise ConfigError(
-            "--deterministic and --training-seed choose how a policy acts; "
+            "--greedy, --sampled and --training-seed choose how a controller acts; "
             "give --controller, or leave them out"
         )
     if task not in TASK_MODULES:
@@ -166,6 +175,7 @@ def fit_command(
             raise ConfigError(f"{controller} was trained on {run.experiment.task}, got {task}")
         settings = run.experiment.env
         policy = _policy(run, training_seed)
+        greedy = acts_greedily(run) if greedy is None else greedy
     trainer = build_trainer(task, settings)
     # Items, not dicts: in another order, multipliers would go to the wrong groups.
     if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
@@ -177,7 +187,7 @@ def fit_command(
         source = _baseline(baseline, len(trainer.layer_groups))
     elif policy is not None:
         policy.seed(derive_seed(seed, "fit-actions"))
-        source = LiveController(policy, settings, trainer, deterministic)
+        source = LiveController(policy, settings, trainer, deterministic=bool(greedy))
     _make_folder(out)  # now, not after the training
     began = time.perf_counter()
     records = fit(trainer, source, instance, settings.windows())
@@ -307,7 +317,7 @@ def _export(run: RunFolder, out: Path, scale: float, episodes: int, training_see
     policy = _policy(run, training_seed)
     experiment = run.experiment
     with RolloutPool(experiment.task, experiment.env, experiment.train.workers) as pool:
-        schedule = export_schedule(run, policy, pool, scale, episodes)
+        schedule = export_schedule(run, policy, pool, scale, episodes, acts_greedily(run))
     if schedule.episodes < episodes:
         console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
     try:

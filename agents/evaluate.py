@@ -29,6 +29,7 @@ from asg_env.tasks import load_task
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 CONTROLLER_ROWS = {False: "controller (sampled)", True: "controller (greedy)"}
+MODE_INSTANCES = 8  # train instances on which greedy or sampled actions are chosen
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,11 @@ class Evaluation:
         experiment = self._experiment
         listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
         spent = training_cost(self._run)
+        modes, choosing = self._better_first(policies)
+        spent = {key: spent[key] + choosing.get(key, 0) for key in spent}
         rows = [
             self._policy_row(CONTROLLER_ROWS[greedy], policies, listed, greedy, spent)
-            for greedy in self._better_first(policies)
+            for greedy in modes
         ]
         rows += self._search_rows(listed)
         for family, candidates in FAMILIES.items():
@@ -129,43 +132,54 @@ class Evaluation:
         rows.append(self._policy_row("random policy", [random], listed, False, {}))
         return rows
 
-    def _better_first(self, policies: Sequence[Policy]) -> tuple[bool, bool]:
+    def _better_first(self, policies: Sequence[Policy]) -> tuple[tuple[bool, bool], dict[str, int]]:
         """Whether greedy or sampled actions do better on train instances, the better first.
 
         The first row is what differences are taken from, so this is settled before any test
-        image is looked at. With a reward that reads no real label sampled comes first unseen.
+        image is looked at. With a reward that reads no real label greedy comes first unseen.
+
+        Returns:
+            The two values of `deterministic`, and what choosing cost per training seed.
         """
         experiment = self._experiment
+        if "outer_valid" not in Reward(experiment.env.reward).splits:
+            return (True, False), {}
         jobs = [
             (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
             for greedy in (False, True)
             for seed, policy in enumerate(policies)
-            for index, instance in enumerate(self._tuning_instances())
+            for index, instance in enumerate(self._tuning_instances(MODE_INSTANCES))
         ]
-        if "outer_valid" not in Reward(experiment.env.reward).splits:
-            return (False, True)
         self._report("greedy or sampled actions, on train instances")
-        accuracies = np.array([e.accuracy[-1] for e in self._pool.map(run_policy, jobs)])
+        episodes: list[Episode] = list(self._pool.map(run_policy, jobs))
+        accuracies = np.array([episode.accuracy[-1] for episode in episodes])
         sampled, greedy = accuracies.reshape(2, -1).mean(axis=1)
-        return (True, False) if greedy > sampled else (False, True)
+        cost = {
+            "episodes": len(episodes) // len(policies),
+            "inner_steps": sum(e.inner_steps for e in episodes) // len(policies),
+            "validation_images": sum(e.validation_images for e in episodes) // len(policies),
+        }
+        return ((True, False) if greedy > sampled else (False, True)), cost
 
-    def _tuning_instances(self) -> list[Instance]:
+    def _tuning_instances(self, count: int) -> list[Instance]:
         """Train instances on which everything that is tuned is chosen."""
         experiment = self._experiment
         return train_instances(
             experiment.task,
             experiment.env.instances,
             derive_seed(EVALUATION_SEED, "tuning"),
-            experiment.train.tuning_instances,
+            count,
         )
 
     def row_beside(self, policies: Sequence[Policy], count: int) -> Row:
         """Judge this run's controller for the table of another run."""
         experiment = self._experiment
         listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
-        name = f"{self._run.path.name} ({experiment.agent.kind}, sampled)"
+        greedy = acts_greedily(self._run)
+        mode = "greedy" if greedy else "sampled"
+        name = f"{self._run.path.name} ({experiment.agent.kind}, {mode})"
         setting = "reward " + reward_in_words(experiment)
-        return self._policy_row(name, policies, listed, False, training_cost(self._run), setting)
+        return self._policy_row(name, policies, listed, greedy, training_cost(self._run), setting)
 
     def _policy_row(
         self,
@@ -219,14 +233,14 @@ class Evaluation:
     ) -> Row:
         """Choose a family's candidate on train instances, then test that one."""
         self._report(family)
-        tuning = self._tuning_instances()
+        tuning = self._tuning_instances(self._experiment.train.tuning_instances)
         scorer = Scorer(self._pool, tuning)
         scores = scorer.score(candidates, len(tuning))
         best = max(scores, key=lambda name: scores[name])
         return self._controller_row(family, best, [candidates[best]], listed, scorer)
 
     def _search_rows(self, listed: Sequence[Instance]) -> list[Row]:
-        """The equal-budget static search, one per training seed, and the scale-aware line."""
+        """The equal-budget static search, one per training seed, and the scale-aware lines."""
         experiment = self._experiment
         if experiment.search_episodes == 0:
             return []
@@ -243,7 +257,7 @@ class Evaluation:
                 found[0],
             )
         ]
-        if experiment.env.instances == "fixed":
+        if experiment.env.instances == "fixed" or not experiment.train.reference:
             return rows
         known = self._search("fixed", 0, "known_scale.json")
         rows += [
@@ -326,6 +340,26 @@ def compare(
 def reward_in_words(experiment: Experiment) -> str:
     """Weights and terms of an experiment's reward."""
     return ", ".join(f"{weight:g} x {name}" for name, weight in experiment.env.reward.items())
+
+
+def acts_greedily(run: RunFolder) -> bool:
+    """Whether a run's controller takes its likeliest actions: what its comparison chose.
+
+    True before any comparison, as for a run whose reward reads no real label.
+
+    Raises:
+        ConfigError: `results.json` is damaged.
+    """
+    path = run.path / "results.json"
+    if not path.exists():
+        return True
+    try:
+        primary = json.loads(path.read_text(encoding="utf-8"))["protocol"]["primary"]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{path} is no whole comparison; repeat it with asg evaluate {run.path}"
+        ) from None
+    return bool(primary == CONTROLLER_ROWS[True])
 
 
 def training_cost(run: RunFolder) -> dict[str, int]:

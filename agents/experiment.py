@@ -33,6 +33,7 @@ class TrainSettings(Settings):
     test_instances: Annotated[int, Field(ge=1, le=40)] = 40
     tuning_instances: Annotated[int, Field(ge=1)] = 8  # train instances per baseline candidate
     search_episodes: Annotated[int, Field(ge=0)] | None = None  # training's own if left out
+    reference: bool = True  # also search, and judge, with the hidden scale known
 
 
 class Experiment:
@@ -198,7 +199,9 @@ class RunFolder:
                     f"{path} holds a run of other settings; resume it with those, "
                     "or choose another --out"
                 )
-            return cls(path, experiment)
+            run = cls(path, experiment)
+            run._note_resumption()
+            return run
         if config.exists() and not (path / "provenance.json").exists():
             raise ConfigError(
                 f"{path} holds a config.yaml but no provenance.json, so it may be no run; "
@@ -229,6 +232,23 @@ class RunFolder:
                 "give the --out of an earlier `asg train`"
             )
         return cls(path, Experiment(read_yaml(path / "config.yaml")))
+
+    def _note_resumption(self) -> None:
+        """Add versions and commit to provenance.json where they are not those it started with.
+
+        Raises:
+            ConfigError: provenance.json is damaged, or cannot be written.
+        """
+        path, now = self.path / "provenance.json", provenance()
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            resumed = record.get("resumed", [])
+            if now not in [{k: v for k, v in record.items() if k != "resumed"}, *resumed]:
+                self.write_json(path.name, {**record, "resumed": [*resumed, now]})
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read and written ({error}); choose another --out"
+            ) from None
 
     def seed_folder(self, index: int) -> Path:
         """Folder of one training seed."""

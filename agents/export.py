@@ -21,13 +21,13 @@ def export_schedule(
     pool: RolloutPool,
     scale: float = 1.0,
     episodes: int = EXPORT_EPISODES,
+    deterministic: bool = True,
 ) -> LearnedSchedule:
     """Roll the policy out on fresh train instances and average its multipliers.
 
-    Actions are sampled, whichever of sampled and greedy did better in the comparison, and rollouts
-    that diverge are left out. Under an unknown scale the average
-    blurs what the controller does: there the live controller is the artefact, and this is its
-    behaviour at one scale.
+    Rollouts that diverge are left out. Under an unknown scale the average blurs what the
+    controller does: there the live controller is the artefact, and this is its behaviour at one
+    scale.
 
     Args:
         run: Where the policy comes from.
@@ -35,6 +35,7 @@ def export_schedule(
         pool: Worker processes.
         scale: `base_lr_scale` of the rollouts, > 0.
         episodes: Rollouts that are averaged.
+        deterministic: Greedy instead of sampled actions.
 
     Raises:
         ConfigError: Every rollout diverged, so there is no complete schedule to average.
@@ -46,7 +47,7 @@ def export_schedule(
         head_seed, data_seed = generator.integers(*TRAIN_SEEDS, size=2).tolist()
         instances.append(Instance(experiment.task, head_seed, data_seed, scale))
     jobs = [
-        (policy, instance, derive_seed(EXPORT_SEED, "export", index), False)
+        (policy, instance, derive_seed(EXPORT_SEED, "export", index), deterministic)
         for index, instance in enumerate(instances)
     ]
     rollouts: list[Episode] = [e for e in pool.map(run_policy, jobs) if not e.diverged]
@@ -58,7 +59,7 @@ def export_schedule(
     stacked = np.stack([episode.multipliers for episode in rollouts])  # (n, T, G)
     return LearnedSchedule(
         layer_groups=dict(load_task(experiment.task).layer_groups),
-        knots=tuple(rollouts[0].progress.tolist()),
+        knots=tuple(rollouts[0].progress[:-1].tolist()),
         multipliers=tuple(map(tuple, stacked.mean(axis=0).tolist())),
         spread=tuple(map(tuple, stacked.std(axis=0).tolist())),
         base_lr=experiment.env.base_lr,

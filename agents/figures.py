@@ -60,18 +60,21 @@ def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[
             bands.append((f"hidden scale {min(scales):.2g} to {max(scales):.2g}", inside))
     axes = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
     for panel, (title, inside) in zip(axes, bands, strict=True):
-        horizon = max(len(e.multipliers) for e in inside)
+        longest = max(inside, key=lambda e: len(e.multipliers))
+        horizon = len(longest.multipliers)
         grid = np.full((len(inside), horizon, len(layer_groups)), np.nan)
         for row, episode in zip(grid, inside, strict=True):
             row[: len(episode.multipliers)] = np.log10(np.maximum(episode.multipliers, FLOOR))
-        image = panel.imshow(
+        image = panel.pcolormesh(
+            longest.progress,
+            np.arange(len(layer_groups) + 1) - 0.5,
             np.nanmean(grid, axis=0).T,
-            aspect="auto",
             cmap="viridis",
             vmin=-3,
             vmax=0,
-            extent=(0, 1, len(layer_groups) - 0.5, -0.5),
         )
+        panel.set_xlim(0, 1)
+        panel.set_ylim(len(layer_groups) - 0.5, -0.5)  # the input on top
         panel.set_yticks(range(len(layer_groups)), layer_groups)
         panel.set_xlabel("progress of the training")
         panel.set_title(f"{title} ({len(inside)} runs)", fontsize=10)
@@ -86,11 +89,12 @@ def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
         episodes = [e for e in _episodes(row) if len(e.accuracy)]
         if not episodes:
             continue
-        horizon = max(len(e.accuracy) for e in episodes)
+        longest = max(episodes, key=lambda e: len(e.accuracy))
+        horizon = len(longest.accuracy)
         curves = np.zeros((len(episodes), horizon))  # a diverged run scores 0 from then on
         for line, episode in zip(curves, episodes, strict=True):
             line[: len(episode.accuracy)] = episode.accuracy
-        x = np.arange(1, horizon + 1) / horizon
+        x = longest.progress[1:]
         colour = OTHERS.get(row.name, HIGHLIGHT)
         low, high = np.quantile(curves, (0.25, 0.75), axis=0)
         axes.plot(x, curves.mean(axis=0), color=colour, label=row.name, lw=1.8)

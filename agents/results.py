@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from agents.baselines import FAMILIES
+from agents.evaluate import MODE_INSTANCES
 from agents.experiment import Experiment
 
 HEADINGS = (
@@ -25,9 +26,9 @@ def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
     train = experiment.train
     tuning = sum(len(family(groups)) for family in FAMILIES.values()) * train.tuning_instances
     searching = experiment.search_episodes > 0
-    unknown = experiment.env.instances != "fixed"
+    unknown = train.reference and experiment.env.instances != "fixed"
     searches = (train.seeds + unknown) * experiment.search_episodes if searching else 0
-    tuning += 2 * train.seeds * train.tuning_instances  # greedy or sampled
+    tuning += 2 * train.seeds * MODE_INSTANCES  # greedy or sampled
     rows = 2 * train.seeds + len(FAMILIES) + 1 + searching * (train.seeds + 2 * unknown)
     return tuning + searches + rows * train.test_instances
 

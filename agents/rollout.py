@@ -30,7 +30,7 @@ class Episode:
         actions: Shape (T, G); empty for hand-made controllers.
         rewards: float64, shape (T,).
         multipliers: float64, shape (T, G).
-        progress: Share of inner steps over when each window began, shape (T,).
+        progress: Share of inner steps over when each window began, and at the end, shape (T + 1,).
         ce: Window means in nats, shape (T,).
         kl: Window means in nats, shape (T,).
         accuracy: outer_valid accuracy after each env step, shape (T,); empty if never read.
@@ -110,13 +110,14 @@ def _run(
     observations, actions, rewards, multipliers, progresses, ce, kl, accuracy = (
         np.asarray(column) for column in zip(*rows, strict=True)
     )
+    ended = env.trainer.inner_step / env.trainer.settings.total_steps
     return Episode(
         instance,
         observations,
         actions,
         rewards,
         multipliers,
-        progresses,
+        np.append(progresses, ended),
         ce,
         kl,
         accuracy if rows[0][-1] is not None else np.empty(0),

@@ -32,7 +32,6 @@ class RewardTerm:
 
     split: str | None
     value: Callable[[Measurements, Measurements, bool], float]
-    meaning: str
 
 
 def bounded_loss(loss: float) -> float:
@@ -45,20 +44,18 @@ def _validation_terms(split: str, prefix: str) -> dict[str, RewardTerm]:
         f"{prefix}gain": RewardTerm(
             split,
             lambda now, before, last: now.accuracy[split] - before.accuracy[split],
-            f"gain in {split} accuracy since the last env step",
         ),
         f"{prefix}level": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split], f"{split} accuracy"
+            split,
+            lambda now, before, last: now.accuracy[split],
         ),
         f"{prefix}terminal": RewardTerm(
             split,
             lambda now, before, last: now.accuracy[split] if last else 0.0,
-            f"{split} accuracy at the end of the episode, else 0",
         ),
         f"{prefix}loss": RewardTerm(
             split,
             lambda now, before, last: -bounded_loss(now.loss[split]),
-            f"negative {split} cross-entropy",
         ),
     }
 
@@ -69,12 +66,10 @@ REWARD_TERMS: dict[str, RewardTerm] = {
     "retention": RewardTerm(
         "old_task",
         lambda now, before, last: now.agreement - before.agreement,
-        "gain in agreement with the teacher on held-out old-task images (no label read)",
     ),
     "train_loss": RewardTerm(
         None,
         lambda now, before, last: bounded_loss(before.objective) - bounded_loss(now.objective),
-        "previous window's training objective minus this one's",
     ),
 }
 

@@ -10,25 +10,28 @@ over one, the two pools taking turns.
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
 from agents.baselines import uniform
 from agents.rollout import RolloutPool, run_controller
 from asg_env.config import EnvSettings
-from asg_env.env import LayerwiseLREnv
+from asg_env.env import LayerwiseLREnv, build_trainer
 from asg_env.instances import Instance
 from benchmarks.inner_step import MULTIPLIER, TASK, BareLoop
 from benchmarks.timing import interleave, write_json
 
 
-def environment_episode(env: LayerwiseLREnv, instance: Instance) -> None:
+def environment_episode(env: LayerwiseLREnv, instance: Instance) -> Iterator[None]:
     """One whole episode through the environment, at multipliers set directly."""
     env.reset(options={"instance": instance})
+    yield
     multipliers = (MULTIPLIER,) * len(env.trainer.layer_groups)
     terminated = False
     while not terminated:
         _, _, terminated, _, _ = env.step_multipliers(multipliers)
+        yield
 
 
 def worker_scaling(settings: EnvSettings, repeats: int, episodes: int) -> list[float]:
@@ -59,7 +62,7 @@ def main() -> None:
     settings = EnvSettings()
     env = LayerwiseLREnv(TASK, settings)
     instance = Instance(TASK, head_seed=1, data_seed=2)
-    loop = BareLoop(env.trainer)
+    loop = BareLoop(build_trainer(TASK, settings))  # a network of its own
     ours, bare = interleave(
         lambda: environment_episode(env, instance),
         lambda: loop.run(settings.windows(), validate=True),

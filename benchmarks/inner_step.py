@@ -8,7 +8,7 @@ out below: same network, data, loss and optimizer; no telemetry, no divergence c
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,8 @@ class BareLoop:
             features = model.backbone(train.batch(slice(None)))
             self._teacher = F.log_softmax(model.old_head(features), dim=1)
 
-    def run(self, windows: Sequence[int], validate: bool) -> None:
-        """Train for all windows; with `validate` score outer_valid first and after each."""
+    def run(self, windows: Sequence[int], validate: bool) -> Iterator[None]:
+        """Train window by window; with `validate` score outer_valid first and after each."""
         trainer, settings = self._trainer, self._trainer.settings
         model, train = trainer.optimizee, trainer.splits["train"]
         weight = trainer.guidance["kl"]
@@ -53,6 +53,7 @@ class BareLoop:
         )
         if validate:
             self._validate()
+        yield
         step = 0
         for window in windows:
             for _ in range(window):
@@ -68,6 +69,7 @@ class BareLoop:
                 step += 1
             if validate:
                 self._validate()
+            yield
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -76,11 +78,13 @@ class BareLoop:
         return float((logits.argmax(dim=1) == data.labels).float().mean())
 
 
-def our_trainer(trainer: Trainer, windows: Sequence[int]) -> None:
-    """Train the same network through `Trainer.run`."""
+def our_trainer(trainer: Trainer, windows: Sequence[int]) -> Iterator[None]:
+    """Train the same network through `Trainer.run`, window by window."""
     trainer.reset(1, 2)
+    yield
     for window in windows:
         trainer.run(window, [MULTIPLIER] * len(trainer.layer_groups))
+        yield
 
 
 def main() -> None:
@@ -93,7 +97,7 @@ def main() -> None:
     settings = EnvSettings()
     trainer = build_trainer(TASK, settings)
     windows = settings.windows()
-    loop = BareLoop(trainer)
+    loop = BareLoop(build_trainer(TASK, settings))  # a network of its own
     ours, bare = interleave(
         lambda: our_trainer(trainer, windows),
         lambda: loop.run(windows, validate=False),

@@ -1,8 +1,9 @@
 """Fair timing: warm up, interleave, keep raw values and what they depend on."""
 
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,38 @@ import torch
 
 from agents.experiment import provenance, write_text
 
+_END = object()  # of a generator
+
 
 def interleave(
-    first: Callable[[], None], second: Callable[[], None], repeats: int
+    first: Callable[[], Iterator[None]], second: Callable[[], Iterator[None]], repeats: int
 ) -> tuple[list[float], list[float]]:
-    """CPU seconds of both, alternating after one untimed warm-up each.
+    """CPU seconds of both per repeat, taking turns part by part after one untimed warm-up.
 
-    Process time rather than wall time: both run on one thread, and what other programs take of
-    the processor does not count.
+    Both are generators that yield after each part, a window of training, and have as many parts.
+    Turns of a few milliseconds make what else the machine does fall on both alike. Process time
+    rather than wall time: both run on one thread, and what other programs take of the processor
+    does not count.
+
+    Returns:
+        For each repeat the sum over its parts, of the first and of the second.
     """
-    first()
-    second()
     times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        # The order within a pair alternates, so that neither always comes second.
-        for index in (0, 1) if repeat % 2 == 0 else (1, 0):
-            began = time.process_time()
-            (first, second)[index]()
-            times[index].append(time.process_time() - began)
+    for repeat in range(repeats + 1):
+        running, seconds = (first(), second()), [0.0, 0.0]
+        for part in itertools.count():
+            ended = []
+            # The order alternates, so that neither always comes second.
+            for index in (0, 1) if part % 2 == 0 else (1, 0):
+                began = time.process_time()
+                ended.append(next(running[index], _END) is _END)
+                seconds[index] += time.process_time() - began
+            if any(ended):
+                assert all(ended), "both must have as many parts"
+                break
+        if repeat > 0:
+            for kept, value in zip(times, seconds, strict=True):
+                kept.append(value)
     return times
 
 

@@ -156,7 +156,7 @@ def make_episode() -> Callable[..., Episode]:
             actions=np.asarray(np.zeros((steps, 1)) if actions is None else actions, np.int64),
             rewards=np.asarray(rewards, np.float64),
             multipliers=np.ones((steps, 1)),
-            progress=np.arange(steps) / steps,
+            progress=np.arange(steps + 1) / steps,
             ce=np.ones(steps),
             kl=np.zeros(steps),
             accuracy=np.asarray(accuracy, np.float64),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import agents.cli
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment, RunFolder
+from agents.lstm_policy import ReinforcePolicy
 from agents.train import train
 from asg_env.config import ConfigError
 from asg_env.schedule import LearnedSchedule
@@ -291,7 +292,8 @@ def test_fit_refuses_a_damaged_schedule(fails, schedule, tmp_path, changes, mess
         (["--schedule", "nowhere.json"], "nowhere.json cannot be read as a schedule"),
         ([], "give exactly one of --schedule, --controller and --baseline"),
         (["--baseline", "cosine", "--schedule", "a.json"], "give exactly one of"),
-        (["--baseline", "cosine", "--deterministic"], "give --controller, or leave them out"),
+        (["--baseline", "cosine", "--greedy"], "give --controller, or leave them out"),
+        (["--baseline", "cosine", "--sampled"], "give --controller, or leave them out"),
         (["--baseline", "cosine", "--scale", "0"], "--scale must be a finite number > 0, got 0"),
         (["--baseline", "cosine", "--scale", "-1"], "--scale must be a finite number > 0"),
         (["--baseline", "cosine", "--scale", "nan"], "--scale must be a finite number > 0"),
@@ -608,6 +610,40 @@ def test_export_writes_a_schedule_at_the_scale_asked_for(asg, done, inline, tmp_
 def test_export_repeats_the_schedule_of_training(asg, done, inline, tmp_path):
     assert asg("export", done, "--out", tmp_path / "again.json").status == 0
     assert (tmp_path / "again.json").read_bytes() == (done / "schedule.json").read_bytes()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_export_and_fit_act_as_the_comparison_chose(
+    asg, done, inline, tmp_path, monkeypatch, greedy
+):
+    record = json.loads((done / "results.json").read_text(encoding="utf-8"))
+    record["protocol"]["primary"] = f"controller ({'greedy' if greedy else 'sampled'})"
+    (done / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    asked = []
+    predict = ReinforcePolicy.predict
+
+    def spy(self, *arguments, deterministic):
+        asked.append(deterministic)
+        return predict(self, *arguments, deterministic=deterministic)
+
+    monkeypatch.setattr(ReinforcePolicy, "predict", spy)
+    fit = ["fit", TASK, "--controller", done, "--out"]
+    assert asg(*fit, tmp_path / "a").status == 0
+    assert asg("export", done, "--out", tmp_path / "schedule.json", "--episodes", "1").status == 0
+    assert asked == [greedy] * 6
+    asked.clear()
+    assert asg(*fit, tmp_path / "b", "--sampled" if greedy else "--greedy").status == 0
+    assert asked == [not greedy] * 3
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_run_whose_device_is_not_here_is_refused(fails, done, tmp_path, command):
+    path = done / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["env"]["device"] = "abacus"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    out = ["--out", tmp_path / "schedule.json"] if command == "export" else []
+    assert "`device` must be a torch device of this machine" in fails(command, done, *out)
 
 
 def fitted(out: Path) -> dict:

@@ -12,12 +12,20 @@ import agents
 import asg_env
 from agents import evaluate
 from agents.baselines import FAMILIES, KnownScale, Static
-from agents.evaluate import Evaluation, Row, judge_controller, judge_policy, summarise
+from agents.evaluate import (
+    Evaluation,
+    Row,
+    acts_greedily,
+    judge_controller,
+    judge_policy,
+    summarise,
+)
 from agents.experiment import RunFolder
 from agents.policy import RandomPolicy
 from agents.rollout import run_controller, run_policy
 from agents.statistics import interquartile_mean
 from agents.train import load_policies, train
+from asg_env.config import ConfigError
 from asg_env.instances import published_test_instances
 from asg_env.rewards import REWARD_TERMS
 
@@ -188,12 +196,13 @@ def test_rows_are_judged_on_the_published_test_instances(rows):
 
 
 def test_rows_charge_what_each_method_cost(rows):
-    # 2 updates x 2 instances x 2 rollouts; 6 inner steps each; 50 images at reset and each step.
+    # 2 updates x 2 instances x 2 rollouts, then 2 x 8 to choose greedy or sampled actions;
+    # 6 inner steps each; 50 images at reset and each step.
     for name in ("controller (sampled)", "controller (greedy)"):
         row = named(rows, name)
-        assert row.tuning_episodes == 8
-        assert row.tuning_inner_steps == 8 * 6
-        assert row.tuning_images == 8 * 4 * 50
+        assert row.tuning_episodes == 8 + 16
+        assert row.tuning_inner_steps == 24 * 6
+        assert row.tuning_images == 24 * 4 * 50
     assert named(rows, "static search").tuning_episodes == 4
     for family, candidates in FAMILIES.items():
         assert named(rows, family).tuning_episodes == len(candidates(5))  # on one instance
@@ -274,6 +283,18 @@ def test_rows_leave_the_search_out_when_its_budget_is_zero(make_experiment, inli
     assert Evaluation(run, pool, groups=5)._search_rows([]) == []
 
 
+def test_rows_leave_the_reference_out_when_told_to(make_experiment, inline_pool, tmp_path):
+    experiment = make_experiment(train={"reference": False})
+    run = RunFolder.create(tmp_path / "run", experiment, False, False)
+    train(run, lambda *_: None)
+    pool = inline_pool(TASK, experiment.env)
+    found = Evaluation(run, pool, groups=5)._search_rows(
+        published_test_instances(TASK, "unknown-scale")[:1]
+    )
+    assert [row.name for row in found] == ["static search"]
+    assert not (run.path / "known_scale.json").exists()
+
+
 # The summary
 
 
@@ -331,11 +352,45 @@ def test_the_mode_that_does_better_on_train_instances_comes_first(
     def outcome(env, policy, instance, seed, deterministic):
         judged.append(instance)
         accuracy = 0.6 if deterministic is better else 0.4
-        return SimpleNamespace(accuracy=np.array([0.1, accuracy]))
+        return SimpleNamespace(
+            accuracy=np.array([0.1, accuracy]), inner_steps=6, validation_images=50
+        )
 
     monkeypatch.setattr(evaluate, "run_policy", outcome)
     pool = inline_pool(TASK, run.experiment.env)
     evaluation = Evaluation(run, pool, groups=5)
-    assert evaluation._better_first(load_policies(run)) == (first, not first)
+    modes, cost = evaluation._better_first(load_policies(run))
+    assert modes == (first, not first)
+    assert cost == {"episodes": 16, "inner_steps": 96, "validation_images": 800}
     test_instances = published_test_instances(TASK, run.experiment.env.instances)
     assert not set(judged) & set(test_instances)
+
+
+@pytest.mark.parametrize("reward", ["inner_valid_gain", "retention", "train_loss"])
+def test_no_real_label_chooses_the_mode_where_the_reward_reads_none(
+    make_experiment, trained_run, tmp_path, reward
+):
+    run = RunFolder(tmp_path, make_experiment(env={"reward": reward}))
+    no_pool = None  # not an episode is run
+    assert Evaluation(run, no_pool, groups=5)._better_first(load_policies(trained_run)) == (
+        (True, False),
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("primary", "greedy"), [("controller (greedy)", True), ("controller (sampled)", False)]
+)
+def test_a_run_acts_as_its_comparison_chose(make_experiment, tmp_path, primary, greedy):
+    run = RunFolder(tmp_path, make_experiment())
+    assert acts_greedily(run)  # before any comparison
+    run.write_json("results.json", {"protocol": {"primary": primary}})
+    assert acts_greedily(run) is greedy
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"protocol": 3}'])
+def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, text):
+    run = RunFolder(tmp_path, make_experiment())
+    (tmp_path / "results.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"is no whole comparison; repeat it with asg evaluate"):
+        acts_greedily(run)

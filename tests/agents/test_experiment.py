@@ -249,6 +249,31 @@ def test_run_folder_resumes_a_run_of_the_same_settings(make_experiment, tmp_path
     assert again.experiment.train.workers == 2
 
 
+def test_run_folder_notes_when_it_is_resumed_by_other_versions(
+    make_experiment, tmp_path, monkeypatch
+):
+    def record():
+        return json.loads((tmp_path / "run" / "provenance.json").read_text(encoding="utf-8"))
+
+    RunFolder.create(tmp_path / "run", make_experiment(), False, False)
+    started = record()
+    RunFolder.create(tmp_path / "run", make_experiment(), True, False)
+    assert record() == started
+    newer = {**started, "packages": {**started["packages"], "torch": "99.0"}}
+    monkeypatch.setattr("agents.experiment.provenance", lambda: newer)
+    for _ in range(2):  # noted once
+        RunFolder.create(tmp_path / "run", make_experiment(), True, False)
+        assert record() == {**started, "resumed": [newer]}
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_run_folder_resume_refuses_a_damaged_provenance(make_experiment, tmp_path, text):
+    RunFolder.create(tmp_path / "run", make_experiment(), False, False)
+    (tmp_path / "run" / "provenance.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"provenance\.json cannot be read and written"):
+        RunFolder.create(tmp_path / "run", make_experiment(), True, False)
+
+
 @pytest.mark.parametrize(
     ("resume", "overwrite", "changes", "message"),
     [

@@ -37,8 +37,8 @@ def pool(inline_pool, trained_run):
     return RecordingPool(inline_pool(TASK, trained_run.experiment.env))
 
 
-def test_export_averages_the_multipliers_of_sampled_rollouts(trained_run, policy, pool):
-    schedule = export_schedule(trained_run, policy, pool, episodes=5)
+def test_export_averages_the_multipliers_of_its_rollouts(trained_run, policy, pool):
+    schedule = export_schedule(trained_run, policy, pool, episodes=5, deterministic=False)
     assert len(pool.jobs) == schedule.episodes == 5
     assert not any(deterministic for *_, deterministic in pool.jobs)
     stacked = np.stack([episode.multipliers for episode in pool.episodes])

@@ -6,8 +6,8 @@ import torch
 
 from agents.baselines import Static
 from agents.fit import LiveController, ScheduleController, fit
+from agents.lstm_policy import LSTMPolicyNetwork, ReinforcePolicy, layout_of
 from agents.policy import RandomPolicy
-from agents.reinforce import LSTMPolicyNetwork, ReinforcePolicy, layout_of
 from agents.rollout import run_controller, run_policy
 from asg_env.env import build_trainer
 from asg_env.schedule import LearnedSchedule

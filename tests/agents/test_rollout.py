@@ -33,10 +33,10 @@ def test_run_policy_records_every_env_step(env, instance):
     assert episode.observations.shape == (3, width)
     assert episode.observations.dtype == np.float32
     assert episode.actions.shape == episode.multipliers.shape == (3, 5)
-    for name in ("rewards", "progress", "ce", "kl", "accuracy"):
+    for name in ("rewards", "ce", "kl", "accuracy"):
         assert getattr(episode, name).shape == (3,), name
     assert episode.rewards.dtype == episode.multipliers.dtype == np.float64
-    np.testing.assert_array_equal(episode.progress, [0.0, 2 / 6, 4 / 6])
+    np.testing.assert_array_equal(episode.progress, [0.0, 2 / 6, 4 / 6, 1.0])
     assert (episode.diverged, episode.inner_steps) == (False, 6)
     assert episode.instance == instance
 

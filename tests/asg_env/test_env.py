@@ -95,7 +95,9 @@ def test_make_wraps_the_env_in_the_passive_checker_without_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gym.make(DIGITS, horizon=2, inner_steps=2, outer_valid_size=50)
-        rollout(env, seed=0)
+        transitions = rollout(env, seed=0)
+
+    assert len(transitions) == 1 + 2  # the reset and two env steps
 
 
 @pytest.mark.parametrize("observation", OBSERVATIONS)
