@@ -23,7 +23,7 @@ from rich.table import Table
 
 from agents.baselines import FAMILIES, Controller
 from agents.evaluate import acts_greedily, compare, reward_in_words, summarise, test_network
-from agents.experiment import RunFolder, load_experiment
+from agents.experiment import MAX_WORKERS, RunFolder, load_experiment
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.fit import LiveController, ScheduleController, fit
@@ -42,13 +42,27 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Learn layer-wise learning rates for synthetic-to-real training.",
+    help="Learn layer-wise learning rates for synthetic-to-real training. A mistake gives one "
+    "sentence and status 2; --debug adds the traceback.",
 )
 # Paths and messages are printed as they are: [text] in them is no markup.
 console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
 
 RunPath = Annotated[Path, typer.Argument(help="Run folder: the --out of an `asg train`.")]
-Workers = Annotated[int, typer.Option(min=1, help="Worker processes.")]
+Workers = Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Worker processes.")]
+Greedy = Annotated[
+    bool | None,
+    typer.Option(
+        "--greedy/--sampled",
+        help="How the controller acts: its likeliest actions, or draws. If left out, what did "
+        "better on train instances when the run was compared.",
+    ),
+]
+TrainingSeed = Annotated[
+    int, typer.Option(min=0, help="Whose controller, of a run with several training seeds.")
+]
+Scale = Annotated[float, typer.Option(help="Factor on the base learning rate.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what stands at --out.")]
 
 
 @app.command("train")
@@ -82,7 +96,7 @@ def train_command(
             return
         _train_with_progress(run)
         _evaluate(run, loaded.train.test_instances, loaded.train.workers)
-        _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0)
+        _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0, None)
     except KeyboardInterrupt:
         if run is not None:
             again = ["asg", "train", experiment, "--out", str(out), "--resume"]
@@ -116,16 +130,22 @@ def evaluate_command(
 def export_command(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Schedule file to write.")],
-    scale: Annotated[
-        float, typer.Option(help="base_lr_scale of the rollouts that are averaged.")
-    ] = 1.0,
-    episodes: Annotated[int, typer.Option(min=1, help="Rollouts.")] = EXPORT_EPISODES,
-    training_seed: Annotated[int, typer.Option(min=0, help="Which training seed.")] = 0,
+    scale: Scale = 1.0,
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Rollouts that are averaged.")
+    ] = EXPORT_EPISODES,
+    training_seed: TrainingSeed = 0,
+    greedy: Greedy = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Average the controller's multipliers over rollouts and write them as a schedule."""
     opened = RunFolder.open(run)
     opened.experiment.check()  # its device may not be here
-    _export(opened, out, scale, episodes, training_seed)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out must be a file in an existing folder, got {out}; choose another")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists; add --overwrite or choose another --out")
+    _export(opened, out, scale, episodes, training_seed, greedy)
 
 
 @app.command("fit")
@@ -138,17 +158,16 @@ def fit_command(
         str | None, typer.Option(help="NAME or NAME:CANDIDATE, such as cosine:0.1.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of head and data order.")] = 0,
-    scale: Annotated[float, typer.Option(help="Factor on the base learning rate.")] = 1.0,
-    greedy: Annotated[
-        bool | None,
-        typer.Option(
-            "--greedy/--sampled", help="How a controller acts; if left out, what its run chose."
-        ),
-    ] = None,
-    training_seed: Annotated[int, typer.Option(min=0, help="Which policy of the run.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    scale: Scale = 1.0,
+    greedy: Greedy = None,
+    training_seed: TrainingSeed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Train a network once, outside the environment, and save it."""
+    """Train a network once, outside the environment, and save it.
+
+    Exactly one of --schedule, --controller and --baseline says how; --greedy, --sampled and
+    --training-seed go with --controller.
+    """
     if sum(x is not None for x in (schedule, controller, baseline)) != 1:
         raise ConfigError("give exactly one of --schedule, --controller and --baseline")
     if controller is None and (greedy is not None or training_seed):
@@ -157,7 +176,9 @@ def fit_command(
             "give --controller, or leave them out"
         )
     if task not in TASK_MODULES:
-        raise ConfigError(f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'")
+        raise ConfigError(
+            f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'; give one of these"
+        )
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; add --overwrite or choose another --out")
     torch.set_num_threads(1)
@@ -200,6 +221,8 @@ def fit_command(
         {
             "task": task,
             "source": str(schedule or controller or f"baseline {baseline}"),
+            "actions": None if policy is None else "greedy" if greedy else "sampled",
+            "training_seed": None if policy is None else training_seed,
             "instance": instance.to_dict(),
             "settings": settings.model_dump(exclude_none=True),
             "test_accuracy": float(correct.mean()),
@@ -229,39 +252,33 @@ def info_command(
         str | None, typer.Option(help="Print the published test instances of this set.")
     ] = None,
 ) -> None:
-    """Print versions, and a task's groups, splits and digest."""
+    """Print versions, and a task's groups, splits and digest, as one JSON object."""
     from agents.experiment import provenance
 
     if instances is not None and task is None:
         raise ConfigError("--instances belongs to a task; add --task ID")
     if instances not in (None, "fixed", "unknown-scale"):
         raise ConfigError(f"--instances must be fixed or unknown-scale, got {instances}")
-    console.print_json(json.dumps(provenance()))
-    if task is None:
-        return
-    try:
-        loaded = load_task(task)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    console.print_json(
-        json.dumps(
-            {
-                "id": loaded.id,
-                "summary": loaded.summary,
-                "layer_groups": dict(loaded.layer_groups),
-                "splits": {name: len(split) for name, split in loaded.splits.items()},
-                "parameters": sum(
-                    p.numel() for p in loaded.optimizee.parameters() if p.requires_grad
-                ),
-                "data_digest": loaded.digest,
-                "reference_digest": loaded.reference_digest,
-                "same_data_as_reference": loaded.digest == loaded.reference_digest,
-            }
-        )
-    )
-    if instances is not None:
+    report: dict[str, Any] = {"provenance": provenance()}
+    if task is not None:
+        try:
+            loaded = load_task(task)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        report["task"] = {
+            "id": loaded.id,
+            "summary": loaded.summary,
+            "layer_groups": dict(loaded.layer_groups),
+            "splits": {name: len(split) for name, split in loaded.splits.items()},
+            "parameters": sum(p.numel() for p in loaded.optimizee.parameters() if p.requires_grad),
+            "data_digest": loaded.digest,
+            "reference_digest": loaded.reference_digest,
+            "same_data_as_reference": loaded.digest == loaded.reference_digest,
+        }
+    if task is not None and instances is not None:
         listed = published_test_instances(task, instances)  # type: ignore[arg-type]
-        console.print_json(json.dumps([i.to_dict() for i in listed]))
+        report["test_instances"] = [instance.to_dict() for instance in listed]
+    console.print_json(json.dumps(report))
 
 
 def _train_with_progress(run: RunFolder) -> None:
@@ -312,12 +329,27 @@ def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] =
     console.print(f"written: {run.path}/results.json, results.md, comparison.png")
 
 
-def _export(run: RunFolder, out: Path, scale: float, episodes: int, training_seed: int) -> None:
+def _export(
+    run: RunFolder,
+    out: Path,
+    scale: float,
+    episodes: int,
+    training_seed: int,
+    greedy: bool | None,
+) -> None:
     _checked_instance(run.experiment.task, 0, scale)
     policy = _policy(run, training_seed)
     experiment = run.experiment
     with RolloutPool(experiment.task, experiment.env, experiment.train.workers) as pool:
-        schedule = export_schedule(run, policy, pool, scale, episodes, acts_greedily(run))
+        schedule = export_schedule(
+            run,
+            policy,
+            pool,
+            scale,
+            episodes,
+            deterministic=acts_greedily(run) if greedy is None else greedy,
+            training_seed=training_seed,
+        )
     if schedule.episodes < episodes:
         console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
     try:
@@ -339,7 +371,10 @@ def _export(run: RunFolder, out: Path, scale: float, episodes: int, training_see
 def _policy(run: RunFolder, training_seed: int) -> Policy:
     policies = load_policies(run)
     if training_seed >= len(policies):
-        raise ConfigError(f"--training-seed must be < {len(policies)}, got {training_seed}")
+        raise ConfigError(
+            f"--training-seed must be < {len(policies)}, the training seeds of {run.path}, got "
+            f"{training_seed}; lower it"
+        )
     return policies[training_seed]
 
 
@@ -354,7 +389,7 @@ def _checked_instance(task: str, seed: int, scale: float) -> Instance:
             }
         )
     except ValueError:
-        raise ConfigError(f"--scale must be a finite number > 0, got {scale}") from None
+        raise ConfigError(f"--scale must be a finite number > 0, got {scale}; set it so") from None
 
 
 def _load_schedule(path: Path) -> LearnedSchedule:
@@ -367,14 +402,17 @@ def _load_schedule(path: Path) -> LearnedSchedule:
 def _baseline(name: str, groups: int) -> Controller:
     family, _, candidate = name.partition(":")
     if family not in FAMILIES:
-        raise ConfigError(f"--baseline must be one of {', '.join(FAMILIES)}, got '{family}'")
+        raise ConfigError(
+            f"--baseline must be one of {', '.join(FAMILIES)}, got '{family}'; give one of these"
+        )
     candidates = FAMILIES[family](groups)
     if not candidate:
         candidate = list(candidates)[len(candidates) // 2]
         console.print(f"{family} has the candidates {', '.join(candidates)}; taking {candidate}")
     if candidate not in candidates:
         raise ConfigError(
-            f"--baseline {family} has the candidates {', '.join(candidates)}, got '{candidate}'"
+            f"--baseline {family} has the candidates {', '.join(candidates)}, got "
+            f"'{candidate}'; give one of these"
         )
     return candidates[candidate]
 

@@ -142,7 +142,7 @@ class Evaluation:
             The two values of `deterministic`, and what choosing cost per training seed.
         """
         experiment = self._experiment
-        if "outer_valid" not in Reward(experiment.env.reward).splits:
+        if not reads_real_labels(experiment):
             return (True, False), {}
         jobs = [
             (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
@@ -159,7 +159,7 @@ class Evaluation:
             "inner_steps": sum(e.inner_steps for e in episodes) // len(policies),
             "validation_images": sum(e.validation_images for e in episodes) // len(policies),
         }
-        return ((True, False) if greedy > sampled else (False, True)), cost
+        return ((True, False) if greedy >= sampled else (False, True)), cost
 
     def _tuning_instances(self, count: int) -> list[Instance]:
         """Train instances on which everything that is tuned is chosen."""
@@ -171,11 +171,10 @@ class Evaluation:
             count,
         )
 
-    def row_beside(self, policies: Sequence[Policy], count: int) -> Row:
+    def row_beside(self, policies: Sequence[Policy], greedy: bool, count: int) -> Row:
         """Judge this run's controller for the table of another run."""
         experiment = self._experiment
         listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
-        greedy = acts_greedily(self._run)
         mode = "greedy" if greedy else "sampled"
         name = f"{self._run.path.name} ({experiment.agent.kind}, {mode})"
         setting = "reward " + reward_in_words(experiment)
@@ -312,10 +311,11 @@ def compare(
 
     Raises:
         ConfigError: Another run is on another task or instance set, or has another number of
-            training seeds, so that no differences can be taken.
+            training seeds, so that no differences can be taken; or it cannot run here.
     """
     experiment = run.experiment
-    for other, _ in beside:
+    modes = []
+    for other, _ in beside:  # all that can be refused is, before anything is run
         theirs, ours = other.experiment, experiment
         if (theirs.task, theirs.env.instances) != (ours.task, ours.env.instances):
             raise ConfigError(
@@ -327,19 +327,26 @@ def compare(
                 f"--beside {other.path} has {theirs.train.seeds} training seeds, this run has "
                 f"{ours.train.seeds}; compare runs of as many seeds"
             )
+        theirs.check()
+        modes.append(acts_greedily(other))
     groups = len(load_task(experiment.task).layer_groups)
     space = ACTIONS[experiment.env.action](experiment.env.grid, groups).space
     with RolloutPool(experiment.task, experiment.env, workers) as pool:
         rows = Evaluation(run, pool, groups, report).rows(policies, RandomPolicy(space), count)
-    for other, others in beside:
+    for (other, others), greedy in zip(beside, modes, strict=True):
         with RolloutPool(experiment.task, other.experiment.env, workers) as pool:
-            rows.append(Evaluation(other, pool, groups, report).row_beside(others, count))
+            rows.append(Evaluation(other, pool, groups, report).row_beside(others, greedy, count))
     return rows
 
 
 def reward_in_words(experiment: Experiment) -> str:
     """Weights and terms of an experiment's reward."""
     return ", ".join(f"{weight:g} x {name}" for name, weight in experiment.env.reward.items())
+
+
+def reads_real_labels(experiment: Experiment) -> bool:
+    """Whether the reward reads labels of real images."""
+    return "outer_valid" in Reward(experiment.env.reward).splits
 
 
 def acts_greedily(run: RunFolder) -> bool:
@@ -355,11 +362,11 @@ def acts_greedily(run: RunFolder) -> bool:
         return True
     try:
         primary = json.loads(path.read_text(encoding="utf-8"))["protocol"]["primary"]
+        return {row: greedy for greedy, row in CONTROLLER_ROWS.items()}[primary]
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
             f"{path} is no whole comparison; repeat it with asg evaluate {run.path}"
         ) from None
-    return bool(primary == CONTROLLER_ROWS[True])
 
 
 def training_cost(run: RunFolder) -> dict[str, int]:

@@ -24,12 +24,14 @@ from asg_env.tasks import TASK_MODULES
 # `agent.kind` -> its module, imported when asked for; each has `AgentSettings` and `Learner`.
 AGENT_MODULES = {"reinforce": "agents.reinforce", "ppo": "agents.sb3"}
 
+MAX_WORKERS = 256  # processes; more are a slip of the keyboard
+
 
 class TrainSettings(Settings):
     """`train:` of an experiment file."""
 
     seeds: Annotated[int, Field(ge=1)] = 1  # training seeds: seed, seed + 1, ...
-    workers: Annotated[int, Field(ge=1)] = 2  # [processes]
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2  # [processes]
     test_instances: Annotated[int, Field(ge=1, le=40)] = 40
     tuning_instances: Annotated[int, Field(ge=1)] = 8  # train instances per baseline candidate
     search_episodes: Annotated[int, Field(ge=0)] | None = None  # training's own if left out
@@ -133,20 +135,24 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
+        try:
+            value = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {override}: {error}") from None
         if key in ("env", "agent"):  # another whole section, before single values of it
-            values[key] = parse_yaml(text)
+            values[key] = value
         else:
-            assignments.append((override, parts, text))
+            assignments.append((override, parts, value))
     for section in ("env", "agent"):
         if isinstance(values.get(section), str):
             values[section] = read_yaml(_config_path(section, values[section]))
-    for override, parts, text in assignments:
+    for override, parts, value in assignments:
         target = values
         for part in parts[:-1]:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {override}: `{part}` is no section; check the key")
-        target[parts[-1]] = parse_yaml(text)
+        target[parts[-1]] = value
     return Experiment(values)
 
 
@@ -237,17 +243,24 @@ class RunFolder:
         """Add versions and commit to provenance.json where they are not those it started with.
 
         Raises:
-            ConfigError: provenance.json is damaged, or cannot be written.
+            ConfigError: provenance.json is missing or damaged, or cannot be written.
         """
         path, now = self.path / "provenance.json", provenance()
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            resumed = record.get("resumed", [])
-            if now not in [{k: v for k, v in record.items() if k != "resumed"}, *resumed]:
-                self.write_json(path.name, {**record, "resumed": [*resumed, now]})
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+            started = json.loads(path.read_text(encoding="utf-8"))
+            resumed = started.pop("resumed", [])
+        except (OSError, ValueError, AttributeError, TypeError):
             raise ConfigError(
-                f"{path} cannot be read and written ({error}); choose another --out"
+                f"{path} is missing or no JSON mapping; restore it from a copy, or start anew "
+                "with --overwrite"
+            ) from None
+        if now in (started, *resumed):
+            return
+        try:
+            self.write_json(path.name, {**started, "resumed": [*resumed, now]})
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); make the folder writable"
             ) from None
 
     def seed_folder(self, index: int) -> Path:

@@ -21,7 +21,9 @@ def export_schedule(
     pool: RolloutPool,
     scale: float = 1.0,
     episodes: int = EXPORT_EPISODES,
-    deterministic: bool = True,
+    *,
+    deterministic: bool,
+    training_seed: int = 0,
 ) -> LearnedSchedule:
     """Roll the policy out on fresh train instances and average its multipliers.
 
@@ -36,6 +38,7 @@ def export_schedule(
         scale: `base_lr_scale` of the rollouts, > 0.
         episodes: Rollouts that are averaged.
         deterministic: Greedy instead of sampled actions.
+        training_seed: Which of the run's policies it is, for the record.
 
     Raises:
         ConfigError: Every rollout diverged, so there is no complete schedule to average.
@@ -72,5 +75,10 @@ def export_schedule(
         base_lr_scale=scale,
         inner_steps=rollouts[0].inner_steps,
         settings=experiment.env.model_dump(exclude_none=True),
-        provenance={"config_digest": experiment.digest(), **versions()},
+        provenance={
+            "config_digest": experiment.digest(),
+            "training_seed": str(training_seed),
+            "actions": "greedy" if deterministic else "sampled",
+            **versions(),
+        },
     )

@@ -48,7 +48,7 @@ class Layout:
         if not isinstance(action.space, spaces.MultiDiscrete):
             raise ConfigError(
                 "`env.action` must be grid or relative for the agent reinforce, got box; "
-                "use PPO for box actions"
+                "set agent=ppo for box actions"
             )
         return cls(
             shared=tuple(i for i, label in enumerate(labels) if "/" not in label),

@@ -1,8 +1,8 @@
 """REINFORCE with per-feature LSTMs and one action head per layer group.
 
-The network is the one of ASG (`agents.lstm_policy`). What the original lacked: the recurrent state
-is carried from step to step; and here, every step has its own credit, the baseline is the mean
-over rollouts of the same instance, and entropy bonus and gradients are bounded.
+The network is the one of ASG (`agents.lstm_policy`). What the original lacked is here: every step
+has its own credit, the baseline is the mean over rollouts of the same instance, the recurrent
+state is carried through the episode, and entropy bonus and gradients are bounded.
 """
 
 import os

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from agents.baselines import FAMILIES
-from agents.evaluate import MODE_INSTANCES
+from agents.evaluate import MODE_INSTANCES, reads_real_labels
 from agents.experiment import Experiment
 
 HEADINGS = (
@@ -28,7 +28,7 @@ def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
     searching = experiment.search_episodes > 0
     unknown = train.reference and experiment.env.instances != "fixed"
     searches = (train.seeds + unknown) * experiment.search_episodes if searching else 0
-    tuning += 2 * train.seeds * MODE_INSTANCES  # greedy or sampled
+    tuning += 2 * train.seeds * MODE_INSTANCES * reads_real_labels(experiment)
     rows = 2 * train.seeds + len(FAMILIES) + 1 + searching * (train.seeds + 2 * unknown)
     return tuning + searches + rows * train.test_instances
 

@@ -23,7 +23,8 @@ def train(run: RunFolder, progress: Progress) -> None:
     """Train every seed of the experiment; finished updates are skipped, so it also resumes.
 
     After each update the metrics line is flushed, then the checkpoint is renamed into place. A
-    run killed in between repeats that update and writes the same line again.
+    run killed in between repeats that update and writes the same line again, but for its
+    `seconds`, which count from the start of the process.
 
     Args:
         run: Where to write.

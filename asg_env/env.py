@@ -293,7 +293,7 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
         device = torch.device(settings.device)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ConfigError(
             f"`device` must be a torch device of this machine, got {settings.device!r} "
             f"({reason}); use cpu"

@@ -42,20 +42,14 @@ def bounded_loss(loss: float) -> float:
 def _validation_terms(split: str, prefix: str) -> dict[str, RewardTerm]:
     return {
         f"{prefix}gain": RewardTerm(
-            split,
-            lambda now, before, last: now.accuracy[split] - before.accuracy[split],
+            split, lambda now, before, last: now.accuracy[split] - before.accuracy[split]
         ),
-        f"{prefix}level": RewardTerm(
-            split,
-            lambda now, before, last: now.accuracy[split],
-        ),
+        f"{prefix}level": RewardTerm(split, lambda now, before, last: now.accuracy[split]),
         f"{prefix}terminal": RewardTerm(
-            split,
-            lambda now, before, last: now.accuracy[split] if last else 0.0,
+            split, lambda now, before, last: now.accuracy[split] if last else 0.0
         ),
         f"{prefix}loss": RewardTerm(
-            split,
-            lambda now, before, last: -bounded_loss(now.loss[split]),
+            split, lambda now, before, last: -bounded_loss(now.loss[split])
         ),
     }
 
@@ -63,10 +57,7 @@ def _validation_terms(split: str, prefix: str) -> dict[str, RewardTerm]:
 REWARD_TERMS: dict[str, RewardTerm] = {
     **_validation_terms("outer_valid", ""),
     **_validation_terms("inner_valid", "inner_valid_"),
-    "retention": RewardTerm(
-        "old_task",
-        lambda now, before, last: now.agreement - before.agreement,
-    ),
+    "retention": RewardTerm("old_task", lambda now, before, last: now.agreement - before.agreement),
     "train_loss": RewardTerm(
         None,
         lambda now, before, last: bounded_loss(before.objective) - bounded_loss(now.objective),

@@ -120,8 +120,12 @@ class LearnedSchedule:
         path = Path(path)
         record = {"format": FORMAT, "version": VERSION, **asdict(self)}
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LearnedSchedule":
@@ -133,7 +137,10 @@ class LearnedSchedule:
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as a schedule ({error})") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is no JSON text"
+            raise ValueError(
+                f"{path} cannot be read as a schedule ({reason}); give a file of asg export"
+            ) from None
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is not a schedule: its `format` must be '{FORMAT}'")
         version = record.pop("version", None)

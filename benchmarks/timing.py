@@ -26,19 +26,23 @@ def interleave(
 
     Returns:
         For each repeat the sum over its parts, of the first and of the second.
+
+    Raises:
+        ValueError: One has more parts than the other.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         running, seconds = (first(), second()), [0.0, 0.0]
         for part in itertools.count():
             ended = []
-            # The order alternates, so that neither always comes second.
-            for index in (0, 1) if part % 2 == 0 else (1, 0):
+            # The order alternates over parts and repeats, so that neither always comes second.
+            for index in (0, 1) if (part + repeat) % 2 == 0 else (1, 0):
                 began = time.process_time()
                 ended.append(next(running[index], _END) is _END)
                 seconds[index] += time.process_time() - began
             if any(ended):
-                assert all(ended), "both must have as many parts"
+                if not all(ended):
+                    raise ValueError("first and second must have as many parts")
                 break
         if repeat > 0:
             for kept, value in zip(times, seconds, strict=True):

@@ -149,7 +149,7 @@ def test_train_refuses_a_wrong_experiment_file(
     [
         ("env.horizon", "--set must look like agent.policy_lr=0.01, got 'env.horizon'"),
         ("=1", "--set must look like"),
-        ("env.horizon=[", "the text is not YAML"),
+        ("env.horizon=[", "--set env.horizon=[: the text is not YAML"),
         ("seed.a=1", "`seed` is no section"),
         ("env.horizon=true", "`env.horizon` must be an integer, got True"),
         ("agent.policy_lr=fast", "`agent.policy_lr` must be a number, got 'fast'"),
@@ -333,7 +333,8 @@ def test_fit_and_export_refuse_a_training_seed_that_is_not_there(fails, run, inl
     export = ["export", run, "--out", tmp_path / "schedule.json"]
     for arguments in (fit, export):
         message = fails(*arguments, "--training-seed", "1")
-        assert "--training-seed must be < 1, got 1" in message
+        assert "--training-seed must be < 1, the training seeds of" in message
+        assert ", got 1; lower it" in message
 
 
 @pytest.mark.parametrize(
@@ -348,10 +349,24 @@ def test_export_refuses_wrong_arguments(fails, run, tmp_path, arguments, message
     assert message in fails("export", run, "--out", tmp_path / "schedule.json", *arguments)
 
 
-def test_export_refuses_a_file_that_cannot_be_written(fails, run, inline, tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    message = fails("export", run, "--out", tmp_path / "file" / "schedule.json")
-    assert "cannot be written" in message
+def test_export_refuses_what_it_cannot_write_before_any_rollout(fails, run, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for out in (tmp_path / "file" / "schedule.json", tmp_path / "none" / "a.json", tmp_path):
+        assert "--out must be a file in an existing folder" in fails("export", run, "--out", out)
+    message = fails("export", run, "--out", tmp_path / "file")
+    assert "exists; add --overwrite or choose another --out" in message
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "run"}
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_export_leaves_nothing_when_the_disk_refuses(fails, run, inline, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("asg_env.schedule.os.replace", full)
+    message = fails("export", run, "--out", tmp_path / "schedule.json")
+    assert "cannot be written (No space left on device)" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -428,13 +443,16 @@ def test_mistake_in_a_real_process_gives_status_2_and_one_line(write, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("stage", ["estimate_minutes", "train", "_evaluate", "_export"])
 def test_interrupt_ends_with_130_and_says_how_to_go_on(
-    asg, write, no_estimate, tmp_path, monkeypatch
+    asg, write, no_estimate, tmp_path, monkeypatch, stage
 ):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agents.cli, "train", interrupted)
+    for name in ("train", "_evaluate", "_export"):
+        monkeypatch.setattr(agents.cli, name, lambda *_: None)
+    monkeypatch.setattr(agents.cli, stage, interrupted)
     path, out = write(), tmp_path / "run"
     result = asg("train", path, "--out", out, "--set", "seed=5", "--set", "env.reward={gain: 1}")
     assert result.status == 130
@@ -476,15 +494,11 @@ def test_tasks_lists_every_task(asg):
 def test_info_prints_versions_and_a_task(asg):
     versions = asg("info")
     assert versions.status == 0
-    assert json.loads(versions.out)["packages"]["torch"] == torch.__version__
+    assert json.loads(versions.out)["provenance"]["packages"]["torch"] == torch.__version__
     result = asg("info", "--task", TASK, "--instances", "fixed")
     assert result.status == 0
-    decoder, text, parts = json.JSONDecoder(), result.out.strip(), []
-    while text:
-        part, end = decoder.raw_decode(text)
-        parts.append(part)
-        text = text[end:].strip()
-    _, task, instances = parts
+    report = json.loads(result.out)
+    task, instances = report["task"], report["test_instances"]
     assert list(task["layer_groups"]) == ["conv1", "conv2", "conv3", "conv4", "head"]
     assert task["splits"]["test"] == 1500
     assert len(instances) == 40
@@ -631,19 +645,44 @@ def test_export_and_fit_act_as_the_comparison_chose(
     assert asg(*fit, tmp_path / "a").status == 0
     assert asg("export", done, "--out", tmp_path / "schedule.json", "--episodes", "1").status == 0
     assert asked == [greedy] * 6
+    fitted_as = json.loads((tmp_path / "a" / "fit.json").read_text(encoding="utf-8"))["actions"]
+    exported = LearnedSchedule.load(tmp_path / "schedule.json").provenance["actions"]
+    assert fitted_as == exported == ("greedy" if greedy else "sampled")
     asked.clear()
     assert asg(*fit, tmp_path / "b", "--sampled" if greedy else "--greedy").status == 0
     assert asked == [not greedy] * 3
 
 
+def other_device(run: Path, device: str = "abacus") -> Path:
+    """Write another device into a run's settings."""
+    path = run / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["env"]["device"] = device
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return run
+
+
+@pytest.fixture
+def no_pool(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an episode was about to run")
+
+    monkeypatch.setattr("agents.evaluate.RolloutPool", refuse)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "export"])
 def test_a_run_whose_device_is_not_here_is_refused(fails, done, tmp_path, command):
-    path = done / "config.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    values["env"]["device"] = "abacus"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    other_device(done)
     out = ["--out", tmp_path / "schedule.json"] if command == "export" else []
     assert "`device` must be a torch device of this machine" in fails(command, done, *out)
+
+
+def test_a_run_beside_is_checked_before_anything_is_run(fails, done, run, no_pool, tmp_path):
+    message = fails("evaluate", run, "--beside", other_device(done))
+    assert "`device` must be a torch device of this machine" in message
+    (done / "results.json").write_text("{", encoding="utf-8")
+    other_device(done, "cpu")
+    assert "is no whole comparison" in fails("evaluate", run, "--beside", done)
 
 
 def fitted(out: Path) -> dict:

@@ -388,7 +388,9 @@ def test_a_run_acts_as_its_comparison_chose(make_experiment, tmp_path, primary, 
     assert acts_greedily(run) is greedy
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"protocol": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"protocol": 3}', '{"protocol": {"primary": "oracle"}}']
+)
 def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, text):
     run = RunFolder(tmp_path, make_experiment())
     (tmp_path / "results.json").write_text(text, encoding="utf-8")

@@ -85,6 +85,7 @@ def test_experiment_reads_scientific_notation_as_a_number(tmp_path, text):
         ({"agent": {"rollouts_per_instance": 1}}, r"`agent\.rollouts_per_instance` must be >= 2"),
         ({"agent": {"policy_lr": 0}}, r"`agent\.policy_lr` must be > 0\.0, got 0"),
         ({"agent": {"momentum": 0.9}}, r"`agent\.momentum` is unknown"),
+        ({"train": {"workers": 10**6}}, r"`train\.workers` must be <= 256, got 1000000"),
         ({"train": {"workers": 0}}, r"`train\.workers` must be >= 1, got 0"),
         ({"train": {"test_instances": 41}}, r"`train\.test_instances` must be <= 40, got 41"),
         ({"train": {"search_episodes": 3}}, r"`train\.search_episodes` must be 0 or >= 4, got 3"),
@@ -270,7 +271,7 @@ def test_run_folder_notes_when_it_is_resumed_by_other_versions(
 def test_run_folder_resume_refuses_a_damaged_provenance(make_experiment, tmp_path, text):
     RunFolder.create(tmp_path / "run", make_experiment(), False, False)
     (tmp_path / "run" / "provenance.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"provenance\.json cannot be read and written"):
+    with pytest.raises(ConfigError, match=r"provenance\.json is missing or no JSON mapping"):
         RunFolder.create(tmp_path / "run", make_experiment(), True, False)
 
 

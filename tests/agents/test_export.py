@@ -51,7 +51,7 @@ def test_export_averages_the_multipliers_of_its_rollouts(trained_run, policy, po
 def test_export_rolls_out_on_fresh_train_instances_with_seeds_of_their_own(
     trained_run, policy, pool
 ):
-    export_schedule(trained_run, policy, pool, scale=0.5, episodes=5)
+    export_schedule(trained_run, policy, pool, scale=0.5, episodes=5, deterministic=False)
     seeds = [seed for _, _, seed, _ in pool.jobs]
     assert len(set(seeds)) == 5
     for _, instance, _, _ in pool.jobs:
@@ -62,7 +62,9 @@ def test_export_rolls_out_on_fresh_train_instances_with_seeds_of_their_own(
 
 
 def test_export_records_what_the_multipliers_were_learned_with(trained_run, policy, pool):
-    schedule = export_schedule(trained_run, policy, pool, scale=2.0, episodes=2)
+    schedule = export_schedule(
+        trained_run, policy, pool, scale=2.0, episodes=2, deterministic=False
+    )
     env = trained_run.experiment.env
     assert schedule.layer_groups == dict(load_task(TASK).layer_groups)
     assert (schedule.task, schedule.instances) == (TASK, "unknown-scale")
@@ -75,10 +77,10 @@ def test_export_records_what_the_multipliers_were_learned_with(trained_run, poli
 
 
 def test_export_repeats_exactly_and_survives_its_file(trained_run, policy, pool, tmp_path):
-    first = export_schedule(trained_run, policy, pool, episodes=3)
+    first = export_schedule(trained_run, policy, pool, episodes=3, deterministic=False)
     first.save(tmp_path / "schedule.json")
     assert LearnedSchedule.load(tmp_path / "schedule.json") == first
-    assert export_schedule(trained_run, policy, pool, episodes=3) == first
+    assert export_schedule(trained_run, policy, pool, episodes=3, deterministic=False) == first
 
 
 class SometimesDiverges(RandomPolicy):
@@ -103,7 +105,7 @@ def test_export_leaves_diverged_rollouts_out(trained_run, inline_pool, make_sett
     pool.map = lambda function, jobs: original(
         function, [(copy, *job[1:]) for copy, job in zip(copies, jobs, strict=True)]
     )
-    schedule = export_schedule(trained_run, copies[0], pool, episodes=4)
+    schedule = export_schedule(trained_run, copies[0], pool, episodes=4, deterministic=False)
     assert [episode.diverged for episode in pool.episodes] == [True, False, True, False]
     assert schedule.episodes == 2
     np.testing.assert_array_equal(schedule.multipliers, np.zeros((3, 5)))
@@ -116,4 +118,4 @@ def test_export_says_so_when_every_rollout_diverged(trained_run, inline_pool, ma
 
     pool = inline_pool(TASK, make_settings(base_lr=1e25, action="grid"))
     with pytest.raises(ConfigError, match=r"all 2 rollouts at scale 3\.0 diverged.*--scale"):
-        export_schedule(trained_run, Leap([]), pool, scale=3.0, episodes=2)
+        export_schedule(trained_run, Leap([]), pool, scale=3.0, episodes=2, deterministic=False)

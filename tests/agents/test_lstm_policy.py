@@ -166,7 +166,9 @@ def test_layout_sorts_entries_by_label():
 
 
 def test_layout_refuses_box_actions():
-    with pytest.raises(ConfigError, match=r"`env\.action` must be grid or relative .* use PPO"):
+    with pytest.raises(
+        ConfigError, match=r"`env\.action` must be grid or relative .* set agent=ppo"
+    ):
         Layout.of(("ce",), ("a",), BoxAction("log", 1))
 
 

@@ -1,0 +1,33 @@
+import dataclasses
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from agents import evaluate
+from agents.figures import _accuracy_curves, _heat_maps
+
+PROGRESS = np.array([0.0, 0.1, 0.3, 1.0])  # growing windows
+
+
+def growing(make_episode):
+    episode = make_episode([0.1] * 3, accuracy=[0.2, 0.3, 0.4])
+    return dataclasses.replace(episode, progress=PROGRESS)
+
+
+def test_heat_map_gives_each_window_its_width(make_episode):
+    figure = Figure()
+    _heat_maps(figure, [growing(make_episode)], ["head"])
+    mesh = figure.axes[0].collections[0]
+    np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], PROGRESS)
+    assert figure.axes[0].get_xlim() == (0, 1)
+
+
+def test_accuracy_curves_stand_where_windows_end(make_episode):
+    episode = growing(make_episode)
+    row = evaluate.Row(
+        "controller (greedy)", "", [[evaluate.TestResult(episode, np.array([True]), 1.0)]]
+    )
+    axes = Figure().subplots()
+    _accuracy_curves(axes, [row])
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), PROGRESS[1:])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), episode.accuracy)
