@@ -20,10 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from safetensors.torch import save_file
 
 from agents.baselines import FAMILIES, Controller
 from agents.evaluate import acts_greedily, compare, reward_in_words, summarise, test_network
-from agents.experiment import MAX_WORKERS, RunFolder, load_experiment
+from agents.experiment import MAX_WORKERS, RunFolder, load_experiment, provenance, write_text
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.fit import LiveController, ScheduleController, fit
@@ -253,8 +254,6 @@ def info_command(
     ] = None,
 ) -> None:
     """Print versions, and a task's groups, splits and digest, as one JSON object."""
-    from agents.experiment import provenance
-
     if instances is not None and task is None:
         raise ConfigError("--instances belongs to a task; add --task ID")
     if instances not in (None, "fixed", "unknown-scale"):
@@ -322,7 +321,7 @@ def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] =
         )
     summary = summarise(rows, reward_in_words(run.experiment))
     run.write_json("results.json", summary)
-    (run.path / "results.md").write_text(results_markdown(summary), encoding="utf-8")
+    write_text(run.path / "results.md", results_markdown(summary))
     groups = tuple(load_task(run.experiment.task).layer_groups)
     draw_run(rows, summary, groups, run.path / "comparison.png")
     console.print(comparison_table(summary))
@@ -435,10 +434,6 @@ def _make_folder(out: Path) -> None:
 
 
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    from agents.experiment import write_text
-
     try:
         temporary = out / "model.safetensors.tmp"
         state = trainer.optimizee.state_dict()  # channels-last tensors are stored in plain order
