@@ -23,7 +23,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from agents.baselines import FAMILIES, Controller
-from agents.evaluate import acts_greedily, compare, reward_in_words, summarise, test_network
+from agents.evaluate import (
+    acts_greedily,
+    compare,
+    reads_real_labels,
+    reward_in_words,
+    summarise,
+    test_network,
+)
 from agents.experiment import MAX_WORKERS, RunFolder, load_experiment, provenance, write_text
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
@@ -282,6 +289,7 @@ def info_command(
 
 def _train_with_progress(run: RunFolder) -> None:
     total = run.experiment.agent.updates * run.experiment.train.seeds
+    real_labels = reads_real_labels(run.experiment)
     with Progress(
         TextColumn("seed {task.fields[seed]}"),
         BarColumn(),
@@ -296,9 +304,10 @@ def _train_with_progress(run: RunFolder) -> None:
         bar = progress.add_task("train", total=total, seed=0, numbers="")
 
         def show(seed: int, update: int, values: dict[str, float]) -> None:
+            accuracy = f"{values['accuracy']:.3f}" if real_labels else "not read"
             numbers = (
                 f"{values['episodes']:.0f} episodes  return {values['return']:+.3f}  "
-                f"accuracy {values['accuracy']:.3f}  entropy {values['entropy']:.2f}"
+                f"accuracy {accuracy}  entropy {values['entropy']:.2f}"
             )
             done = seed * run.experiment.agent.updates + update + 1
             progress.update(bar, completed=done, seed=seed, numbers=numbers)

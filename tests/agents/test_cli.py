@@ -609,6 +609,7 @@ def test_train_works_with_a_reward_that_reads_no_real_label(asg, write, inline, 
     result = asg("train", path, "--out", tmp_path / "run")
     assert (result.status, result.err) == (0, "")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert "accuracy not read" in result.out
     assert results["protocol"]["reward"] == "1 x train_loss"
     assert (tmp_path / "run" / "comparison.png").exists()
 
