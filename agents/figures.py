@@ -102,8 +102,10 @@ def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("progress of the training")
     axes.set_ylabel("outer_valid accuracy")
     axes.set_title("mean and middle half of the runs", fontsize=10)
-    if axes.lines:  # none where the reward reads no real label
+    if axes.lines:
         axes.legend(fontsize=8, loc="lower right")
+    else:
+        axes.text(0.5, 0.5, "the reward reads no real label", ha="center")
 
 
 def _comparison(axes: Any, summary: dict[str, Any]) -> None:

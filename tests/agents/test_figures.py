@@ -14,6 +14,10 @@ def growing(make_episode):
     return dataclasses.replace(episode, progress=PROGRESS)
 
 
+def judged(episode):
+    return evaluate.TestResult(episode, np.array([True]), retention=1.0)
+
+
 def test_heat_map_gives_each_window_its_width(make_episode):
     figure = Figure()
     _heat_maps(figure, [growing(make_episode)], ["head"])
@@ -24,10 +28,15 @@ def test_heat_map_gives_each_window_its_width(make_episode):
 
 def test_accuracy_curves_stand_where_windows_end(make_episode):
     episode = growing(make_episode)
-    row = evaluate.Row(
-        "controller (greedy)", "", [[evaluate.TestResult(episode, np.array([True]), 1.0)]]
-    )
+    row = evaluate.Row("controller (greedy)", "", [[judged(episode)]])
     axes = Figure().subplots()
     _accuracy_curves(axes, [row])
     np.testing.assert_allclose(axes.lines[0].get_xdata(), PROGRESS[1:])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), episode.accuracy)
+
+
+def test_accuracy_curves_say_when_there_are_none(make_episode):
+    row = evaluate.Row("controller (greedy)", "", [[judged(make_episode([0.1] * 3))]])
+    axes = Figure().subplots()
+    _accuracy_curves(axes, [row])
+    assert [text.get_text() for text in axes.texts] == ["the reward reads no real label"]
