@@ -6,7 +6,7 @@ outer_valid of *train* instances before any test image is looked at.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.core.trainer import Trainer
 from asg_env.env import LayerwiseLREnv
-from asg_env.instances import Instance, published_test_instances
+from asg_env.instances import SCALE_RANGE, Instance, published_test_instances
 from asg_env.rewards import Reward
 from asg_env.tasks import load_task
 
@@ -162,14 +162,23 @@ class Evaluation:
         return ((True, False) if greedy >= sampled else (False, True)), cost
 
     def _tuning_instances(self, count: int) -> list[Instance]:
-        """Train instances on which everything that is tuned is chosen."""
+        """Train instances on which everything that is tuned is chosen.
+
+        Hidden scales stand in the middle of `count` equal parts of the log range: a few random
+        ones could all be small, and the rates chosen on them would diverge elsewhere.
+        """
         experiment = self._experiment
-        return train_instances(
+        drawn = train_instances(
             experiment.task,
             experiment.env.instances,
             derive_seed(EVALUATION_SEED, "tuning"),
             count,
         )
+        if experiment.env.instances == "fixed":
+            return drawn
+        low, high = np.log(SCALE_RANGE)
+        scales = np.exp(low + (high - low) * (np.arange(count) + 0.5) / count).tolist()
+        return [replace(i, base_lr_scale=s) for i, s in zip(drawn, scales, strict=True)]
 
     def row_beside(self, policies: Sequence[Policy], greedy: bool, count: int) -> Row:
         """Judge this run's controller for the table of another run."""

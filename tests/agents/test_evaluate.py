@@ -396,3 +396,15 @@ def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, text):
     (tmp_path / "results.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"is no whole comparison; repeat it with asg evaluate"):
         acts_greedily(run)
+
+
+def test_tuning_instances_spread_evenly_over_the_hidden_scales(make_experiment, tmp_path):
+    run = RunFolder(tmp_path, make_experiment())
+    drawn = Evaluation(run, None, groups=5)._tuning_instances(4)
+    scales = [instance.base_lr_scale for instance in drawn]
+    np.testing.assert_allclose(np.log10(scales), [-0.75, -0.25, 0.25, 0.75])
+    assert len({instance.data_seed for instance in drawn}) == 4
+    assert not set(drawn) & set(published_test_instances(TASK, "unknown-scale"))
+    fixed = RunFolder(tmp_path, make_experiment(env={"instances": "fixed"}))
+    drawn = Evaluation(fixed, None, groups=5)._tuning_instances(4)
+    assert {instance.base_lr_scale for instance in drawn} == {1.0}
