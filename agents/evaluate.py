@@ -17,7 +17,7 @@ from agents.experiment import Experiment, RunFolder
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, SearchResult, search_static, train_instances
-from agents.statistics import Estimate, bootstrap_iqm
+from agents.statistics import Estimate, bootstrap_iqm, score
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
@@ -25,7 +25,6 @@ from asg_env.core.trainer import Trainer
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import SCALE_RANGE, Instance, published_test_instances
 from asg_env.rewards import Reward
-from asg_env.tasks import load_task
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 CONTROLLER_ROWS = {False: "controller (sampled)", True: "controller (greedy)"}
@@ -39,7 +38,7 @@ class TestResult:
     Attributes:
         episode: Its record.
         correct: Per test image, bool, shape (N,); all False after divergence.
-        retention: Accuracy of the old head on held-out old-task images; 0 after divergence.
+        retention: See `Trainer.retention`; 0 after divergence.
     """
 
     episode: Episode
@@ -51,8 +50,16 @@ def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float]:
     """Return which test images are right, (N,), and retention; zeros after divergence."""
     if diverged:
         return np.zeros(len(trainer.splits["test"]), dtype=bool), 0.0
-    retention = trainer.evaluate("old_task").accuracy if "old_task" in trainer.splits else 0.0
+    retention = trainer.retention()
     return trainer.evaluate("test").correct.numpy(), retention
+
+
+def test_figures(trainer: Trainer, diverged: bool) -> tuple[float, float]:
+    """Return accuracy and mean per-class recall on the test split; zeros after divergence."""
+    if diverged:
+        return 0.0, 0.0
+    result = trainer.evaluate("test")
+    return result.accuracy, result.mean_recall
 
 
 def judge_policy(
@@ -323,6 +330,11 @@ def compare(
             training seeds, so that no differences can be taken; or it cannot run here.
     """
     experiment = run.experiment
+    if experiment.test_labels is None:
+        raise ConfigError(
+            f"{run.path} is on a target domain without labels, so there is nothing to judge "
+            "controllers by; use it with asg export and asg fit"
+        )
     modes = []
     for other, _ in beside:  # all that can be refused is, before anything is run
         theirs, ours = other.experiment, experiment
@@ -338,7 +350,7 @@ def compare(
             )
         theirs.check()
         modes.append(acts_greedily(other))
-    groups = len(load_task(experiment.task).layer_groups)
+    groups = len(experiment.layer_groups)
     space = ACTIONS[experiment.env.action](experiment.env.grid, groups).space
     with RolloutPool(experiment.task, experiment.env, workers) as pool:
         rows = Evaluation(run, pool, groups, report).rows(policies, RandomPolicy(space), count)
@@ -397,21 +409,34 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:
-    """Reduce rows to the numbers of `results.json`: IQM, interval, paired differences."""
+def summarise(rows: Sequence[Row], experiment: Experiment) -> dict[str, Any]:
+    """Reduce rows to the numbers of `results.json`: IQM, interval, paired differences.
+
+    They are about the experiment's `metric`; `overall_accuracy` and `mean_recall` of each row
+    are plain means over seeds and instances.
+    """
+    labels = experiment.test_labels
+    assert labels is not None  # `compare` has refused
+    by_class = labels.numpy()
+    classes = by_class if experiment.env.metric == "mean_recall" else None
     primary = rows[0].correct()
     table = []
     for row in rows:
         correct = row.correct()
-        estimate = bootstrap_iqm(correct, numpy_generator(EVALUATION_SEED, "bootstrap", row.name))
+        scores = score(correct, classes)
+        estimate = bootstrap_iqm(
+            correct, numpy_generator(EVALUATION_SEED, "bootstrap", row.name), classes=classes
+        )
         episodes = [r.episode for results in row.results for r in results]
         entry: dict[str, Any] = {
             "name": row.name,
             "setting": row.setting,
             "reference": row.reference,
             "accuracy": _plain(estimate),
-            "mean": float(correct.mean()),
-            "std_over_instances": float(correct.mean(axis=-1).std()),
+            "mean": float(scores.mean()),
+            "std_over_instances": float(scores.std()),
+            "overall_accuracy": float(correct.mean()),
+            "mean_recall": float(score(correct, by_class).mean()),
             "retention": float(np.mean([r.retention for rs in row.results for r in rs])),
             "diverged": float(np.mean([e.diverged for e in episodes])),
             "cost": {
@@ -419,11 +444,14 @@ def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:
                 "inner_steps": row.tuning_inner_steps,
                 "validation_images": row.tuning_images,
             },
-            "per_instance": correct.mean(axis=-1).round(6).tolist(),
+            "per_instance": scores.round(6).tolist(),
         }
         if row is not rows[0]:
             difference = bootstrap_iqm(
-                primary, numpy_generator(EVALUATION_SEED, "difference", row.name), minus=correct
+                primary,
+                numpy_generator(EVALUATION_SEED, "difference", row.name),
+                minus=correct,
+                classes=classes,
             )
             entry["controller_minus_this"] = _plain(difference)
         table.append(entry)
@@ -436,7 +464,8 @@ def summarise(rows: Sequence[Row], reward: str) -> dict[str, Any]:
             "instances": [r.episode.instance.to_dict() for r in rows[0].results[0]],
             "training_seeds": len(rows[0].results),
             "test_images": primary.shape[-1],
-            "reward": reward,
+            "reward": reward_in_words(experiment),
+            "metric": experiment.env.metric,
         },
         "rows": table,
     }

@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib import import_module, metadata
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,8 @@ from pydantic import Field
 
 from agents.search import FIRST_RUNG
 from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
-from asg_env.env import build_trainer
+from asg_env.env import build_trainer, task_of
+from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
 
 # `agent.kind` -> its module, imported when asked for; each has `AgentSettings` and `Learner`.
@@ -52,7 +54,7 @@ class Experiment:
             raise ConfigError(
                 f"`env.id` must be one of {', '.join(TASK_MODULES)}, got {self.task!r}; set env.id"
             )
-        self.env = validate(EnvSettings, env, "env")
+        self.env: EnvSettings = validate(settings_class(self.task), env, "env")
         if self.env.split != "train":
             raise ConfigError(
                 f"`env.split` must be train to train on, got {self.env.split}; leave it out"
@@ -77,6 +79,22 @@ class Experiment:
             raise ConfigError(f"`seed` must be an integer >= 0, got {seed!r}; set seed")
         self.seed = seed
 
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, str], torch.Tensor | None]:
+        task = task_of(self.task, self.env)
+        test = task.splits.get("test")
+        return dict(task.layer_groups), None if test is None else test.labels
+
+    @property
+    def layer_groups(self) -> dict[str, str]:
+        """Layer groups of the task's network, input to head: name to parameter pattern."""
+        return self._loaded[0]
+
+    @property
+    def test_labels(self) -> torch.Tensor | None:
+        """Labels of the test split, (N,); None where the target domain has none."""
+        return self._loaded[1]
+
     def check(self) -> None:
         """Build environment and agent once, so that a setting that fits neither is found early.
 
@@ -96,10 +114,13 @@ class Experiment:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the resolved values but for the number of workers, which changes nothing."""
+        """SHA-256 of the resolved values but for the number of workers, which changes nothing.
+
+        Not of sorted ones: the order of layer groups is part of what they are.
+        """
         values = self.to_dict()
         del values["train"]["workers"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     @property
     def search_episodes(self) -> int:
@@ -129,23 +150,53 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: The file or a value cannot be used.
     """
     values = read_yaml(_config_path("experiment", name))
-    assignments = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
-        try:
-            value = parse_yaml(text)
-        except ConfigError as error:
-            raise ConfigError(f"--set {override}: {error}") from None
-        if key in ("env", "agent"):  # another whole section, before single values of it
-            values[key] = value
-        else:
-            assignments.append((override, parts, value))
-    for section in ("env", "agent"):
-        if isinstance(values.get(section), str):
-            values[section] = read_yaml(_config_path(section, values[section]))
+    assignments = [_assignment(override) for override in overrides]
+    for key in ("env", "agent"):  # another whole section, before single values of it
+        for _, parts, value in assignments:
+            if parts == [key]:
+                values[key] = value
+        if isinstance(values.get(key), str):
+            values[key] = read_yaml(_config_path(key, values[key]))
+    _assign(values, [a for a in assignments if a[1] not in (["env"], ["agent"])])
+    return Experiment(values)
+
+
+def env_settings(
+    task: str, overrides: Sequence[str] = (), start: Mapping[str, Any] | None = None
+) -> EnvSettings:
+    """Return settings of a task: its defaults, or `start`, changed by `env.key=value` each.
+
+    Raises:
+        ConfigError: There is no such task, or a value cannot be used.
+    """
+    if task not in TASK_MODULES:
+        raise ConfigError(
+            f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'; give one of these"
+        )
+    values: dict[str, Any] = {"env": dict(start or {})}
+    assignments = [_assignment(override) for override in overrides]
+    for override, parts, _ in assignments:
+        if len(parts) < 2 or parts[0] != "env":
+            raise ConfigError(f"--set must look like env.root=DIR here, got {override!r}")
+    _assign(values, assignments)
+    return validate(settings_class(task), values["env"], "env")
+
+
+Assignment = tuple[str, list[str], Any]  # as typed, the path of the key, the value
+
+
+def _assignment(override: str) -> Assignment:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
+    try:
+        return override, parts, parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override}: {error}") from None
+
+
+def _assign(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:
     for override, parts, value in assignments:
         target = values
         for part in parts[:-1]:
@@ -153,7 +204,6 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {override}: `{part}` is no section; check the key")
         target[parts[-1]] = value
-    return Experiment(values)
 
 
 def _config_path(folder: str, name: str) -> Path:
@@ -287,6 +337,8 @@ def versions() -> dict[str, str]:
         "numpy",
         "stable-baselines3",
         "mlxtend",
+        "timm",
+        "torchvision",
         "matplotlib",
         "pillow",
     )

@@ -9,7 +9,6 @@ from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import TRAIN_SEEDS, Instance
 from asg_env.schedule import LearnedSchedule
-from asg_env.tasks import load_task
 
 EXPORT_SEED = 0
 EXPORT_EPISODES = 16
@@ -61,7 +60,7 @@ def export_schedule(
         )
     stacked = np.stack([episode.multipliers for episode in rollouts])  # (n, T, G)
     return LearnedSchedule(
-        layer_groups=dict(load_task(experiment.task).layer_groups),
+        layer_groups=experiment.layer_groups,
         knots=tuple(rollouts[0].progress[:-1].tolist()),
         multipliers=tuple(map(tuple, stacked.mean(axis=0).tolist())),
         spread=tuple(map(tuple, stacked.std(axis=0).tolist())),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from asg_env.actions import ACTIONS, BoxAction, GridAction, RelativeAction
 from asg_env.config import ConfigError, EnvSettings
 from asg_env.core.seeding import numpy_generator
+from asg_env.env import task_of
 from asg_env.observations import Observation
-from asg_env.tasks import load_task
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,6 @@ class ReinforcePolicy:
 
 def layout_of(task: str, env: EnvSettings) -> Layout:
     """Layout of an environment's observations and actions, read without training anything."""
-    groups = tuple(load_task(task).layer_groups)
+    groups = tuple(task_of(task, env).layer_groups)
     labels = Observation(env.observation, groups, env.grid).labels
     return Layout.of(labels, groups, ACTIONS[env.action](env.grid, len(groups)))

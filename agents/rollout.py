@@ -33,7 +33,8 @@ class Episode:
         progress: Share of inner steps over when each window began, and at the end, shape (T + 1,).
         ce: Window means in nats, shape (T,).
         kl: Window means in nats, shape (T,).
-        accuracy: outer_valid accuracy after each env step, shape (T,); empty if never read.
+        accuracy: Accuracy, or what `metric` says instead, on outer_valid after each env step,
+            shape (T,); empty if never read.
         diverged: Whether the training diverged.
         inner_steps: Inner steps taken.
         validation_images: Validation images that the episode evaluated, resets included.
@@ -103,7 +104,7 @@ def _run(
                 progress,
                 info["loss/ce"],
                 info["loss/kl"],
-                info.get("accuracy/outer_valid"),
+                info.get(f"{env.settings.metric}/outer_valid"),
             )
         )
         observation = following

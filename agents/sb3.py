@@ -37,9 +37,8 @@ from pydantic import Field, model_validator
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError, EnvSettings, Settings
 from asg_env.core.seeding import derive_seed, numpy_generator
-from asg_env.env import LayerwiseLREnv
+from asg_env.env import LayerwiseLREnv, task_of
 from asg_env.observations import Observation
-from asg_env.tasks import load_task
 
 try:
     from stable_baselines3 import PPO
@@ -305,7 +304,7 @@ def load_policy(path: Path, experiment: Any) -> PPOPolicy:
 
 def spaces_of(task: str, env: EnvSettings) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
     """Observation and action space of an environment, without building one."""
-    groups = tuple(load_task(task).layer_groups)
+    groups = tuple(task_of(task, env).layer_groups)
     return (
         Observation(env.observation, groups, env.grid).space,
         ACTIONS[env.action](env.grid, len(groups)).space,

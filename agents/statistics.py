@@ -36,7 +36,10 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def bootstrap_iqm(
-    correct: np.ndarray, generator: np.random.Generator, minus: np.ndarray | None = None
+    correct: np.ndarray,
+    generator: np.random.Generator,
+    minus: np.ndarray | None = None,
+    classes: np.ndarray | None = None,
 ) -> Estimate:
     """IQM over (training seeds x instances) with an interval from a hierarchical bootstrap.
 
@@ -51,6 +54,9 @@ def bootstrap_iqm(
         minus: If given, shape (S', I, N): the estimate is of the difference
             accuracy(correct) - accuracy(minus) per (seed, instance). S' may be 1 or S; with S
             the seeds are drawn together.
+        classes: If given, each image's class, shape (N,): the figure of a (seed, instance) is
+            the mean per-class recall instead of the accuracy, and images are drawn within their
+            class.
 
     Returns:
         Estimate with a percentile interval of `CONFIDENCE`.
@@ -63,29 +69,48 @@ def bootstrap_iqm(
         raise ValueError(
             f"`minus` must have the shape {correct.shape}, or that with one seed, got {minus.shape}"
         )
-    units = _accuracy(correct, None)
+    strata = [np.arange(images)]
+    if classes is not None:
+        strata = [np.flatnonzero(classes == label) for label in np.unique(classes)]
+    units = score(correct, classes)
     if minus is not None:
-        units = units - _accuracy(minus, None)
+        units = units - score(minus, classes)
     value = float(interquartile_mean(units.reshape(-1)))
     draws = np.empty(RESAMPLES)
     block = 100  # resamples at a time: bounds the memory of the weight matrix
     for start in range(0, RESAMPLES, block):
-        weights = generator.multinomial(images, np.full(images, 1 / images), size=block) / images
-        left = _accuracy(correct, weights)
-        right = _accuracy(minus, weights) if minus is not None else np.zeros((1, instances, 1))
+        weights = np.empty((block, images))
+        for rows in strata:
+            n = len(rows)
+            drawn = generator.multinomial(n, np.full(n, 1 / n), size=block)
+            weights[:, rows] = drawn / (n * len(strata))
+        left = _weighted(correct, weights)
+        right = _weighted(minus, weights) if minus is not None else np.zeros((1, instances, 1))
         for index in range(block):
             seed_index = generator.integers(seeds, size=seeds)
             instance_index = generator.integers(instances, size=instances)
-            drawn = left[seed_index][:, instance_index, index]
+            resampled = left[seed_index][:, instance_index, index]
             other = right[seed_index if len(right) == seeds else np.zeros(1, dtype=int)]
-            drawn = drawn - other[:, instance_index, min(index, other.shape[2] - 1)]
-            draws[start + index] = interquartile_mean(drawn.reshape(-1))
+            resampled = resampled - other[:, instance_index, min(index, other.shape[2] - 1)]
+            draws[start + index] = interquartile_mean(resampled.reshape(-1))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Estimate(value, float(low), float(high), seeds, instances)
 
 
-def _accuracy(correct: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Mean over images, (S, I); with weights (B, N), weighted means of shape (S, I, B)."""
-    values = correct.astype(np.float32)
-    return values.mean(axis=-1) if weights is None else values @ weights.T.astype(np.float32)
+def score(correct: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    """Accuracy of each (seed, instance), or mean per-class recall, shape (S, I).
+
+    Args:
+        correct: Bool, shape (S, I, N).
+        classes: Each image's class, shape (N,), for the mean per-class recall.
+    """
+    if classes is None:
+        return np.asarray(correct.mean(axis=-1))
+    recalls = [correct[..., classes == label].mean(axis=-1) for label in np.unique(classes)]
+    return np.asarray(np.mean(recalls, axis=0))
+
+
+def _weighted(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means over images, (S, I, B), for weights of shape (B, N)."""
+    return np.asarray(correct.astype(np.float32) @ weights.T.astype(np.float32))

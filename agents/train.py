@@ -14,7 +14,6 @@ from agents.policy import Policy
 from agents.rollout import RolloutPool, run_controller
 from asg_env.config import ConfigError
 from asg_env.instances import Instance
-from asg_env.tasks import load_task
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (seed index, update, metrics)
 
@@ -104,7 +103,7 @@ def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str
     Returns:
         Minutes for `training` and `comparison`, and `seconds_per_episode` of one worker.
     """
-    groups = len(load_task(experiment.task).layer_groups)
+    groups = len(experiment.layer_groups)
     workers = experiment.train.workers
     # PPO trains on processes of its own, as many as the cores can feed.
     own = getattr(experiment.agent, "environments", workers)

@@ -33,8 +33,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-register(
-    id="ASG/Digits-v0",
-    entry_point="asg_env.env:make_env",
-    kwargs={"task": "ASG/Digits-v0"},
-)
+for _task in (
+    "ASG/Digits-v0",
+    "ASG/DigitsImageNet-v0",
+    "ASG/VisDA17-v0",
+    "ASG/ImageFolder-v0",
+):
+    register(id=_task, entry_point="asg_env.env:make_env", kwargs={"task": _task})

@@ -17,6 +17,9 @@ from pydantic import (
 )
 
 from asg_env.actions import GRIDS, ActionName, GridName
+from asg_env.core.augmentation import AugmentationName
+from asg_env.core.evaluation import Metric
+from asg_env.core.numerics import Precision
 from asg_env.core.objectives import GUIDANCE_TERMS
 from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
 from asg_env.core.trainer import TrainerSettings
@@ -79,9 +82,13 @@ def _inner_steps(value: Any) -> Any:
     return value
 
 
+InnerSteps = Annotated[int | WindowMode, BeforeValidator(_inner_steps)]
+
+
 class EnvSettings(Settings):
     """Keyword arguments of `gym.make`: one vocabulary for Python, YAML and `--set`.
 
+    Tasks on one's own images have more (`asg_env.task_settings`), and defaults of their own.
     Rates are per inner step; multipliers and weights are dimensionless. The table in
     docs/environment.md lists each with its default.
     """
@@ -89,7 +96,7 @@ class EnvSettings(Settings):
     instances: InstanceSet = "fixed"
     split: InstanceSplit = "train"
     horizon: Annotated[int, Field(ge=1)] | None = None  # [env steps], 15 unless derived
-    inner_steps: Annotated[int | WindowMode, BeforeValidator(_inner_steps)] = 10
+    inner_steps: InnerSteps = 10
     steps_per_epoch: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
     action: ActionName = "relative"
@@ -97,7 +104,9 @@ class EnvSettings(Settings):
     start_multiplier: Annotated[float, Field(ge=0, le=1)] = 0.01
     observation: ObservationName = "scaled"
     reward: Annotated[dict[str, float], BeforeValidator(_reward)] = {DEFAULT_REWARD: 1.0}
-    outer_valid_size: Annotated[int, Field(ge=1)] = 500  # [images]
+    outer_valid_size: Annotated[int, Field(ge=1)] | None = None  # [images], 500 or all there are
+    metric: Metric = "accuracy"
+    flip_average: bool = False
     guidance: Annotated[dict[str, float], BeforeValidator(_guidance)] | None = None
     kl_weight: Annotated[float, Field(ge=0)] | None = None
     optimizer: OptimizerName = "sgd"
@@ -107,6 +116,10 @@ class EnvSettings(Settings):
     base_lr: Annotated[float, Field(gt=0)] = 0.3
     lr_factor: LRFactor = "constant"
     batch_size: Annotated[int, Field(ge=1)] = 32  # [images]
+    augmentation: AugmentationName = "none"
+    precision: Precision = "float32"
+    compile: bool = False
+    deterministic: bool = False
     device: str = "cpu"
 
     @model_validator(mode="after")
@@ -168,7 +181,17 @@ class EnvSettings(Settings):
             momentum_form=self.momentum_form,
             weight_decay=self.weight_decay,
             lr_factor=self.lr_factor,
+            augmentation=self.augmentation,
+            flip_average=self.flip_average,
+            precision=self.precision,
+            compile=self.compile,
+            deterministic=self.deterministic,
         )
+
+    def task_arguments(self) -> dict[str, Any]:
+        """The task's own settings: what `load_task` of the task takes."""
+        own = [name for name in type(self).model_fields if name not in EnvSettings.model_fields]
+        return {name: getattr(self, name) for name in own}
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -1,6 +1,7 @@
 """The environment: one env step trains the optimizee for a window at the agent's multipliers."""
 
 import multiprocessing
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from asg_env.instances import Instance, draw_instance, published_test_instances
 from asg_env.observations import Observation
 from asg_env.rendering import EpisodeHistory, render_ansi, render_rgb_array
 from asg_env.rewards import LOSS_BOUND, Measurements, Reward, bounded_loss
+from asg_env.task_settings import settings_class
 from asg_env.tasks import load_task
+from asg_env.tasks.task import Task
 
+OUTER_VALID_SIZE = 500  # images that a reward reads, unless the settings say otherwise
 RESET_BATCHES = 4  # training batches that the first observation looks at
 
 
@@ -238,16 +242,19 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     def _measure(self) -> Measurements:
         """Evaluate the splits that reward and observation need; bounds after divergence."""
-        accuracy, loss, agreement = {}, {}, 0.0
+        accuracy, recall, loss, agreement = {}, {}, {}, 0.0
         for split in self._measured:
             if self._telemetry.diverged:
-                accuracy[split], loss[split] = 0.0, LOSS_BOUND
+                accuracy[split], recall[split], loss[split] = 0.0, 0.0, LOSS_BOUND
             elif split == "old_task":
                 agreement = self.trainer.agreement(split)
             else:
                 result = self.trainer.evaluate(split)
-                accuracy[split], loss[split] = result.accuracy, result.loss
-        return Measurements(accuracy, loss, agreement, self._telemetry.objective)
+                accuracy[split], recall[split] = result.accuracy, result.mean_recall
+                loss[split] = result.loss
+        return Measurements(
+            accuracy, loss, agreement, self._telemetry.objective, recall, self.settings.metric
+        )
 
     def _progress(self) -> float:
         return self.trainer.inner_step / sum(self._windows)
@@ -279,7 +286,20 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         info |= {f"reward/{name}": value for name, value in terms.items()}
         if "outer_valid" in self._measurements.accuracy:
             info["accuracy/outer_valid"] = self._measurements.accuracy["outer_valid"]
+            info["mean_recall/outer_valid"] = self._measurements.mean_recall["outer_valid"]
         return info
+
+
+def task_of(task_id: str, settings: EnvSettings) -> Task:
+    """Load a task as the settings describe it.
+
+    Raises:
+        ConfigError: There is no such task, or its images, weights or packages cannot be used.
+    """
+    try:
+        return load_task(task_id, **settings.task_arguments())
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
@@ -288,32 +308,58 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
     Raises:
         ConfigError: A setting does not fit the task or the machine.
     """
-    task = load_task(task_id)
+    device = device_of(settings.device)
+    task = task_of(task_id, settings)
+    splits = dict(task.splits)
+    if "outer_valid" in splits:
+        there = len(splits["outer_valid"])
+        size = settings.outer_valid_size or min(OUTER_VALID_SIZE, there)
+        if size > there:
+            raise ConfigError(
+                f"`outer_valid_size` must be <= {there} for {task_id}, got {size}; lower it"
+            )
+        splits["outer_valid"] = splits["outer_valid"].head(size)
+    observed = ("inner_valid",) if settings.observation == "extended" else ()
+    for split in (*Reward(settings.reward).splits, *observed):
+        needs_labels = split != "old_task"
+        if split not in splits or (needs_labels and splits[split].labels is None):
+            what = "labelled images" if needs_labels else "images"
+            raise ConfigError(
+                f"`reward` and `observation` must not need {what} of {split}, which {task_id} "
+                f"does not have with these settings, got reward {dict(settings.reward)}; set "
+                "env.reward to train_loss, or hold images out for it"
+            )
+    if settings.deterministic:
+        # cuBLAS reads it once, at its first call in the process.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        device = torch.device(settings.device)
+        return Trainer(
+            task.optimizee,
+            task.layer_groups,
+            splits,
+            settings.trainer_settings(),
+            settings.guidance_weights(),
+            device,
+        )
+    except ValueError as error:  # layer groups that do not cover the network
+        raise ConfigError(f"`layer_groups` must fit the network: {error}") from None
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device called `name`.
+
+    Raises:
+        ConfigError: This machine has none of that name.
+    """
+    try:
+        device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ConfigError(
-            f"`device` must be a torch device of this machine, got {settings.device!r} "
-            f"({reason}); use cpu"
+            f"`device` must be a torch device of this machine, got {name!r} ({reason}); use cpu"
         ) from None
-    splits = dict(task.splits)
-    outer_valid = splits["outer_valid"]
-    if settings.outer_valid_size > len(outer_valid):
-        raise ConfigError(
-            f"`outer_valid_size` must be <= {len(outer_valid)} for {task_id}, got "
-            f"{settings.outer_valid_size}; lower it"
-        )
-    splits["outer_valid"] = outer_valid.head(settings.outer_valid_size)
-    return Trainer(
-        task.optimizee,
-        task.layer_groups,
-        splits,
-        settings.trainer_settings(),
-        settings.guidance_weights(),
-        device,
-    )
+    return device
 
 
 def make_env(task: str, render_mode: str | None = None, **settings: Any) -> LayerwiseLREnv:
@@ -322,4 +368,4 @@ def make_env(task: str, render_mode: str | None = None, **settings: Any) -> Laye
     Raises:
         ConfigError: A setting is unknown or out of bounds.
     """
-    return LayerwiseLREnv(task, validate(EnvSettings, settings, ""), render_mode)
+    return LayerwiseLREnv(task, validate(settings_class(task), settings, ""), render_mode)

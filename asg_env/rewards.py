@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from asg_env.core.evaluation import Metric
 
 LOSS_BOUND = 20.0  # nats; a larger or non-finite loss counts as this
 DEFAULT_REWARD = "gain"
@@ -14,6 +16,8 @@ class Measurements:
 
     Attributes:
         accuracy: By split, `outer_valid` and `inner_valid`; 0 after divergence.
+        mean_recall: Likewise.
+        metric: Which of the two the terms are about.
         loss: By split, nats.
         agreement: Share of `old_task` images on which the old head still agrees with the
             teacher; no label is read. 0 after divergence, and where nothing asked for it.
@@ -24,6 +28,12 @@ class Measurements:
     loss: Mapping[str, float]
     agreement: float
     objective: float
+    mean_recall: Mapping[str, float] = field(default_factory=dict)
+    metric: Metric = "accuracy"
+
+    def score(self, split: str) -> float:
+        """Return the figure of `metric` on a split."""
+        return (self.accuracy if self.metric == "accuracy" else self.mean_recall)[split]
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,11 @@ def bounded_loss(loss: float) -> float:
 def _validation_terms(split: str, prefix: str) -> dict[str, RewardTerm]:
     return {
         f"{prefix}gain": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split] - before.accuracy[split]
+            split, lambda now, before, last: now.score(split) - before.score(split)
         ),
-        f"{prefix}level": RewardTerm(split, lambda now, before, last: now.accuracy[split]),
+        f"{prefix}level": RewardTerm(split, lambda now, before, last: now.score(split)),
         f"{prefix}terminal": RewardTerm(
-            split, lambda now, before, last: now.accuracy[split] if last else 0.0
+            split, lambda now, before, last: now.score(split) if last else 0.0
         ),
         f"{prefix}loss": RewardTerm(
             split, lambda now, before, last: -bounded_loss(now.loss[split])

@@ -64,8 +64,10 @@ def main() -> None:
     instance = Instance(TASK, head_seed=1, data_seed=2)
     loop = BareLoop(build_trainer(TASK, settings))  # a network of its own
     ours, bare = interleave(
-        lambda: environment_episode(env, instance),
-        lambda: loop.run(settings.windows(), validate=True),
+        (
+            lambda: environment_episode(env, instance),
+            lambda: loop.run(settings.windows(), validate=True),
+        ),
         arguments.repeats,
     )
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))

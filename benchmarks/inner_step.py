@@ -43,7 +43,7 @@ class BareLoop:
         """Train window by window; with `validate` score outer_valid first and after each."""
         trainer, settings = self._trainer, self._trainer.settings
         model, train = trainer.optimizee, trainer.splits["train"]
-        weight = trainer.guidance["kl"]
+        weight, labels = trainer.guidance["kl"], train.known_labels()
         model.load_state_dict(self._start)
         optimizer = torch.optim.SGD(
             build_param_groups(model, trainer.patterns, settings.base_lr * MULTIPLIER),
@@ -58,9 +58,9 @@ class BareLoop:
         for window in windows:
             for _ in range(window):
                 index = self._batches[step]
-                images = train.images[index].float().sub_(train.mean).div_(train.std)
+                images = train.pixels(index).float().sub_(train.mean).div_(train.std)
                 features = model.backbone(images)
-                ce = F.cross_entropy(model.head(features), train.labels[index])
+                ce = F.cross_entropy(model.head(features), labels[index])
                 old = F.log_softmax(model.old_head(features), dim=1)
                 kl = F.kl_div(old, self._teacher[index], log_target=True, reduction="batchmean")
                 optimizer.zero_grad()
@@ -99,8 +99,7 @@ def main() -> None:
     windows = settings.windows()
     loop = BareLoop(build_trainer(TASK, settings))  # a network of its own
     ours, bare = interleave(
-        lambda: our_trainer(trainer, windows),
-        lambda: loop.run(windows, validate=False),
+        (lambda: our_trainer(trainer, windows), lambda: loop.run(windows, validate=False)),
         arguments.repeats,
     )
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))

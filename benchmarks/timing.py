@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,37 @@ _END = object()  # of a generator
 
 
 def interleave(
-    first: Callable[[], Iterator[None]], second: Callable[[], Iterator[None]], repeats: int
-) -> tuple[list[float], list[float]]:
-    """CPU seconds of both per repeat, taking turns part by part after one untimed warm-up.
+    loops: Sequence[Callable[[], Iterator[None]]],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+) -> list[list[float]]:
+    """Seconds of each loop per repeat, taking turns part by part after one untimed warm-up.
 
-    Both are generators that yield after each part, a window of training, and have as many parts.
-    Turns of a few milliseconds make what else the machine does fall on both alike. Process time
-    rather than wall time: both run on one thread, and what other programs take of the processor
-    does not count.
+    All are generators that yield after each part, a window of training, and have as many parts.
+    Turns of a few milliseconds make what else the machine does fall on all alike. Process time
+    by default rather than wall time: on a CPU all run on one thread, and what other programs take
+    of the processor does not count.
 
     Returns:
-        For each repeat the sum over its parts, of the first and of the second.
+        For each loop and repeat the sum over its parts.
 
     Raises:
-        ValueError: One has more parts than the other.
+        ValueError: One has more parts than another.
     """
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in loops]
     for repeat in range(repeats + 1):
-        running, seconds = (first(), second()), [0.0, 0.0]
+        running, seconds = [loop() for loop in loops], [0.0] * len(loops)
         for part in itertools.count():
             ended = []
-            # The order alternates over parts and repeats, so that neither always comes second.
-            for index in (0, 1) if (part + repeat) % 2 == 0 else (1, 0):
-                began = time.process_time()
+            # The order rotates over parts and repeats, so that none always comes last.
+            for turn in range(len(loops)):
+                index = (turn + part + repeat) % len(loops)
+                began = clock()
                 ended.append(next(running[index], _END) is _END)
-                seconds[index] += time.process_time() - began
+                seconds[index] += clock() - began
             if any(ended):
                 if not all(ended):
-                    raise ValueError("first and second must have as many parts")
+                    raise ValueError("all loops must have as many parts")
                 break
         if repeat > 0:
             for kept, value in zip(times, seconds, strict=True):

@@ -1,48 +1,186 @@
-"""Labelled images on the training device, and the order in which they are visited."""
+"""Labelled images on or near the training device, and the order in which they are visited."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asg_env.core.seeding import torch_generator
 
+RESIDENT_SHARE = 0.5  # of the device's free memory that images may take; the rest is for training
+
+
+class HostImages:
+    """Images outside the device's memory: read batch by batch, one batch ahead.
+
+    Args:
+        read: From rows, int64 of shape (B,), to their pixels, uint8 of shape (B, H, W, C).
+        rows: Which rows of the source belong to the split, int64, shape (N,).
+        shape: (C, H, W) of an image.
+        cheap: Reading is a copy and not a decoding, so that all may be read at once.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        rows: np.ndarray,
+        shape: tuple[int, int, int],
+        *,
+        cheap: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        self._read, self._rows, self.cheap = read, rows, cheap
+        self._shape = shape
+        self.shape = torch.Size((len(rows), *shape))
+        self.device = device or torch.device("cpu")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="images")
+        self._ahead: tuple[Tensor, Future[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def prefetch(self, index: Tensor) -> None:
+        """Start to read what `gather` will probably be asked for next; it may be asked otherwise.
+
+        Args:
+            index: Positions within the split, int64, shape (B,), on the CPU.
+        """
+        self._ahead = (index, self._reader.submit(self._load, index))
+
+    def gather(self, index: Tensor | slice) -> Tensor:
+        """Return images as uint8, (B, C, H, W) in channels-last memory, on the device."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and isinstance(index, Tensor) and torch.equal(ahead[0], index):
+            pixels = ahead[1].result()
+        else:
+            pixels = self._load(index)
+        return pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+
+    def select(self, rows: Tensor) -> "HostImages":
+        """Return the images at `rows`, still unread."""
+        return self._with(self._rows[rows.cpu().numpy()], self.device)
+
+    def to(self, device: torch.device) -> "HostImages":
+        """Return the same images, to be handed over on `device`."""
+        return self._with(self._rows, device)
+
+    def _with(self, rows: np.ndarray, device: torch.device) -> "HostImages":
+        return HostImages(self._read, rows, self._shape, cheap=self.cheap, device=device)
+
+    def _load(self, index: Tensor | slice) -> Tensor:
+        rows = self._rows[index if isinstance(index, slice) else index.numpy()]
+        pixels = torch.from_numpy(self._read(rows))
+        # A copy from pinned memory runs beside the computation; the allocator keeps the block
+        # until the copy is done.
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
 
 @dataclass(frozen=True)
 class Split:
-    """One split, resident on its device as bytes and normalised batch by batch.
+    """One split: bytes, normalised batch by batch.
 
     Attributes:
-        images: uint8, shape (N, C, H, W).
-        labels: int64, shape (N,).
-        mean: Pixel mean that is subtracted, in pixel units (0 to 255).
-        std: Pixel standard deviation that is divided by, in pixel units.
+        images: uint8, shape (N, C, H, W): a tensor on the training device, or images that are
+            read from the host batch by batch.
+        labels: int64, shape (N,), on the training device; None where the images have none.
+        mean: Pixel mean that is subtracted, in pixel units (0 to 255); one number, or a tensor
+            of shape (C, 1, 1).
+        std: Pixel standard deviation that is divided by, likewise.
     """
 
-    images: Tensor
-    labels: Tensor
-    mean: float
-    std: float
+    images: Tensor | HostImages
+    labels: Tensor | None
+    mean: float | Tensor
+    std: float | Tensor
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    def pixels(self, index: Tensor | slice) -> Tensor:
+        """Return the images at `index` as bytes, shape (B, C, H, W)."""
+        if isinstance(self.images, HostImages):
+            return self.images.gather(index)
+        return self.images[index]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return pixels as float32, less the mean, over the standard deviation."""
+        return pixels.float().sub_(self.mean).div_(self.std)
 
     def batch(self, index: Tensor | slice) -> Tensor:
-        """Return the images at `index` as float32, normalised, shape (B, C, H, W)."""
-        return self.images[index].float().sub_(self.mean).div_(self.std)
+        """Return the images at `index` normalised, float32, shape (B, C, H, W)."""
+        return self.normalise(self.pixels(index))
+
+    def known_labels(self) -> Tensor:
+        """Return the labels.
+
+        Raises:
+            ValueError: The images have none.
+        """
+        if self.labels is None:
+            raise ValueError("the images of this split have no labels")
+        return self.labels
 
     def head(self, size: int) -> "Split":
         """Return the first `size` images after interleaving classes, so that it is balanced."""
+        if self.labels is None:
+            return self.select(torch.arange(min(size, len(self))))
         rank = torch.zeros_like(self.labels)
         for label in self.labels.unique():
             mask = self.labels == label
             rank[mask] = torch.arange(int(mask.sum()), device=rank.device)
-        order = torch.argsort(rank * (int(self.labels.max()) + 1) + self.labels)[:size]
-        return Split(self.images[order], self.labels[order], self.mean, self.std)
+        return self.select(torch.argsort(rank * (int(self.labels.max()) + 1) + self.labels)[:size])
+
+    def select(self, rows: Tensor) -> "Split":
+        """Return the images at `rows`, int64, shape (M,)."""
+        images: Tensor | HostImages = (
+            self.images.select(rows) if isinstance(self.images, HostImages) else self.images[rows]
+        )
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, images=images, labels=labels)
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split with its tensors on `device`."""
-        return Split(self.images.to(device), self.labels.to(device), self.mean, self.std)
+        """Return the split with its tensors on `device`; host images stay on the host."""
+        mean, std = (x.to(device) if isinstance(x, Tensor) else x for x in (self.mean, self.std))
+        labels = None if self.labels is None else self.labels.to(device)
+        return Split(self.images.to(device), labels, mean, std)
+
+
+def placement(splits: Mapping[str, Split], device: torch.device) -> str:
+    """Decide where host images go: `resident` on the device where they fit, else `host`.
+
+    On a CPU the page cache does what residence would do, and the process stays small.
+    """
+    host = [s.images for s in splits.values() if isinstance(s.images, HostImages)]
+    if device.type != "cuda" or not all(images.cheap for images in host):
+        return "host"
+    free, _ = torch.cuda.mem_get_info(device)
+    return "resident" if sum(i.shape.numel() for i in host) <= RESIDENT_SHARE * free else "host"
+
+
+def place(splits: Mapping[str, Split], device: torch.device) -> dict[str, Split]:
+    """Return the splits ready for training on `device`, as `placement` decides."""
+    placed = {name: split.to(device) for name, split in splits.items()}
+    if placement(splits, device) == "resident":
+        for name, split in placed.items():
+            if isinstance(split.images, HostImages):
+                placed[name] = replace(split, images=_read_all(split.images))
+    return placed
+
+
+def _read_all(images: HostImages) -> Tensor:
+    whole = torch.empty(
+        images.shape,
+        dtype=torch.uint8,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    for start in range(0, len(images), 1024):  # bounds the pinned memory
+        part = slice(start, start + 1024)
+        whole[part] = images.gather(part)
+    return whole
 
 
 class DataOrder:

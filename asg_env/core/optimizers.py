@@ -17,6 +17,8 @@ def build_optimizer(
     momentum: float = 0.9,
     momentum_form: MomentumForm = "pytorch",
     weight_decay: float = 0.0,
+    *,
+    fused: bool = False,
 ) -> Optimizer:
     """Return the named optimizer over the given parameter groups.
 
@@ -27,6 +29,7 @@ def build_optimizer(
         momentum_form: `pytorch` keeps raw gradients in the buffer and scales the whole buffer
             by today's rate; `scaled-velocity` is the original's (see `ScaledVelocitySGD`).
         weight_decay: Coefficient of the L2 term (decoupled for `adamw`).
+        fused: PyTorch's fused kernels, for CUDA; else its multi-tensor ones.
 
     Raises:
         ValueError: `scaled-velocity` was asked of an optimizer other than `sgd`.
@@ -35,7 +38,11 @@ def build_optimizer(
         if momentum_form == "scaled-velocity":
             return ScaledVelocitySGD(param_groups, momentum=momentum, weight_decay=weight_decay)
         return torch.optim.SGD(
-            param_groups, momentum=momentum, weight_decay=weight_decay, foreach=True
+            param_groups,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fused=fused,
+            foreach=not fused,
         )
     if momentum_form != "pytorch":
         raise ValueError(
@@ -43,8 +50,12 @@ def build_optimizer(
             "scaled velocity is a form of SGD"
         )
     if name == "adam":
-        return torch.optim.Adam(param_groups, weight_decay=weight_decay, foreach=True)
-    return torch.optim.AdamW(param_groups, weight_decay=weight_decay, foreach=True)
+        return torch.optim.Adam(
+            param_groups, weight_decay=weight_decay, fused=fused, foreach=not fused
+        )
+    return torch.optim.AdamW(
+        param_groups, weight_decay=weight_decay, fused=fused, foreach=not fused
+    )
 
 
 class ScaledVelocitySGD(Optimizer):

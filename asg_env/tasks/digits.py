@@ -20,6 +20,7 @@ from asg_env.core.data import DataOrder, Split
 from asg_env.core.objectives import task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.seeding import derive_seed, torch_generator
+from asg_env.tasks import SUMMARIES
 from asg_env.tasks.digit_images import IMAGE_SIZE, NEW_CLASSES, OLD_CLASSES, digest, load_images
 from asg_env.tasks.task import Task
 
@@ -43,7 +44,7 @@ def load_task() -> Task:
     arrays = load_images()
     return Task(
         id=TASK_ID,
-        summary="rendered digits 5-9 -> handwritten 5-9; teacher: real handwritten 0-4",
+        summary=SUMMARIES[TASK_ID],
         optimizee=build_optimizee(load_file(str(teacher_path()))),
         layer_groups=LAYER_GROUPS,
         splits={
@@ -115,7 +116,7 @@ def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Se
     )
     for step in range(TEACHER_STEPS):
         index = order.indices(step)
-        loss = task_loss(model(data.batch(index)), data.labels[index])
+        loss = task_loss(model(data.batch(index)), data.known_labels()[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,10 +18,13 @@ class Task:
         optimizee: Pretrained network; its head is drawn afresh by each instance.
         layer_groups: Group name to parameter pattern, input to head.
         splits: `train` and `inner_valid` (synthetic), `outer_valid` and `test` (real), and
-            `old_task` where held-out images of the pretraining task exist.
-        digest: SHA-256 of the images.
+            `old_task`: held-out images of the pretraining task where there are any, else real
+            images without their labels, on which the old head should still agree with the
+            teacher. `train` is always there.
+        digest: SHA-256 of the images, or of what identifies them.
         reference_digest: That of the images which the teacher and the docs' figures were made
-            with; another one means another version of a drawing library.
+            with; another one means another version of a drawing library. None where the images
+            are the user's own.
     """
 
     id: str
@@ -30,4 +33,4 @@ class Task:
     layer_groups: GroupPatterns
     splits: Mapping[str, Split]
     digest: str
-    reference_digest: str
+    reference_digest: str | None

@@ -11,13 +11,15 @@ import yaml
 from safetensors.torch import load_file
 
 import agents.cli
+import agents.cli_fit
+import agents.cli_info
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment, RunFolder
 from agents.lstm_policy import ReinforcePolicy
 from agents.train import train
 from asg_env.config import ConfigError
 from asg_env.schedule import LearnedSchedule
-from asg_env.tasks import load_task
+from asg_env.tasks import TASK_MODULES, load_task
 
 TASK = "ASG/Digits-v0"
 
@@ -309,7 +311,7 @@ def test_fit_refuses_wrong_arguments(fails, tmp_path, arguments, message):
 
 def test_fit_refuses_an_unknown_task(fails, tmp_path):
     message = fails("fit", "ASG/None-v0", "--baseline", "cosine", "--out", tmp_path / "model")
-    assert f"`task` must be one of {TASK}, got 'ASG/None-v0'" in message
+    assert f"`task` must be one of {', '.join(TASK_MODULES)}, got 'ASG/None-v0'" in message
 
 
 def test_fit_refuses_an_output_folder_in_use(fails, tmp_path):
@@ -320,7 +322,7 @@ def test_fit_refuses_an_output_folder_in_use(fails, tmp_path):
 
 
 def test_fit_refuses_an_output_below_a_file_before_it_trains(fails, tmp_path, monkeypatch):
-    monkeypatch.setattr(agents.cli, "fit", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(agents.cli_fit, "fit", lambda *_: pytest.fail("it trained"))
     (tmp_path / "file").write_text("", encoding="utf-8")
     for flags in ([], ["--overwrite"]):
         out = tmp_path / "file" / "model"
@@ -390,11 +392,14 @@ def test_evaluate_refuses_to_compare_across_instance_sets(
 
 
 def test_info_refuses_an_unknown_task_and_set(fails):
-    assert f"`task` must be one of {TASK}, got 'nowhere'" in fails("info", "--task", "nowhere")
+    known = ", ".join(TASK_MODULES)
+    assert f"`task` must be one of {known}, got 'nowhere'" in fails("info", "--task", "nowhere")
     assert "--instances must be fixed or unknown-scale, got many" in fails(
         "info", "--task", TASK, "--instances", "many"
     )
-    assert "--instances belongs to a task; add --task ID" in fails("info", "--instances", "fixed")
+    assert "--instances and --set belong to a task; add --task ID" in fails(
+        "info", "--instances", "fixed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -418,11 +423,11 @@ def test_debug_shows_the_traceback_of_a_mistake(monkeypatch, tmp_path):
 
 
 def test_main_does_not_hide_our_own_errors(monkeypatch):
-    def broken(task):
+    def broken():
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(agents.cli, "load_task", broken)
-    monkeypatch.setattr(sys, "argv", ["asg", "tasks"])
+    monkeypatch.setattr(agents.cli_info, "provenance", broken)
+    monkeypatch.setattr(sys, "argv", ["asg", "info"])
     with pytest.raises(RuntimeError, match="a bug"):
         agents.cli.main()
 

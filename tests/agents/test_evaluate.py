@@ -299,8 +299,8 @@ def test_rows_leave_the_reference_out_when_told_to(make_experiment, inline_pool,
 
 
 @pytest.fixture(scope="module")
-def summary(rows):
-    return summarise(rows, "1 x gain")
+def summary(rows, make_experiment):
+    return summarise(rows, make_experiment())
 
 
 def test_summary_is_plain_json_and_states_its_protocol(summary, rows):
@@ -331,13 +331,13 @@ def test_summary_numbers_follow_from_the_rows(summary, rows):
             )
 
 
-def test_summary_repeats_exactly(summary, rows):
-    assert summarise(rows[:3], "1 x gain")["rows"] == summary["rows"][:3]
+def test_summary_repeats_exactly(summary, rows, make_experiment):
+    assert summarise(rows[:3], make_experiment())["rows"] == summary["rows"][:3]
 
 
-def test_summary_counts_diverged_runs_as_zero(rows, make_env, instance):
+def test_summary_counts_diverged_runs_as_zero(rows, make_env, make_experiment, instance):
     results = [judge_controller(make_env(base_lr=1e25), Static((1.0,) * 5), instance)] * 2
-    entry = summarise([rows[0], Row("bad", "", [results])], "")["rows"][1]
+    entry = summarise([rows[0], Row("bad", "", [results])], make_experiment())["rows"][1]
     assert entry["diverged"] == 1.0
     assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "seeds": 1, "instances": 2}
     assert entry["retention"] == 0.0

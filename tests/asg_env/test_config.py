@@ -110,7 +110,7 @@ def test_settings_refuse_in_one_sentence(values, sentence):
 def test_settings_name_the_known_keys_when_one_is_unknown():
     message = refusal(horizont=3)
 
-    assert message.startswith("`horizont` is unknown; known keys are action, base_lr, ")
+    assert message.startswith("`horizont` is unknown; known keys are action, augmentation, ")
     assert ", horizon, " in message
 
 

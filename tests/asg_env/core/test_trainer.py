@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from asg_env.core import evaluation
 from asg_env.core import trainer as trainer_module
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.seeding import torch_generator
@@ -422,7 +423,8 @@ def test_evaluate_scores_old_task_through_the_old_head(make_trainer, tiny_splits
 def test_evaluate_counts_every_image_whatever_the_batches(make_trainer, monkeypatch):
     trainer = make_trainer()
     whole = trainer.evaluate("inner_valid")
-    monkeypatch.setattr(trainer_module, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(evaluation, "LARGEST_BATCH", 5)
+    monkeypatch.setattr(evaluation, "SMALLEST_BATCH", 5)
 
     parts = trainer.evaluate("inner_valid")
 

@@ -1,0 +1,194 @@
+"""`asg fit`: ordinary training under a schedule, a controller or a baseline."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+
+from agents.baselines import FAMILIES, Controller
+from agents.cli_options import (
+    Assignments,
+    Greedy,
+    Overwrite,
+    Scale,
+    TrainingSeed,
+    checked_instance,
+    console,
+    policy_of_seed,
+)
+from agents.evaluate import acts_greedily, test_figures
+from agents.experiment import RunFolder, env_settings, write_text
+from agents.fit import LiveController, ScheduleController, fit
+from agents.policy import Policy
+from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.core.seeding import derive_seed
+from asg_env.env import build_trainer
+from asg_env.schedule import LearnedSchedule
+from asg_env.task_settings import settings_class
+from asg_env.tasks import TASK_MODULES
+
+
+def fit_command(
+    task: Annotated[str, typer.Argument(help="Task id, such as ASG/Digits-v0.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained network.")],
+    schedule: Annotated[Path | None, typer.Option(help="Schedule file.")] = None,
+    controller: Annotated[Path | None, typer.Option(help="Run folder of a controller.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="NAME or NAME:CANDIDATE, such as cosine:0.1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of head and data order.")] = 0,
+    scale: Scale = 1.0,
+    greedy: Greedy = None,
+    training_seed: TrainingSeed = 0,
+    overwrite: Overwrite = False,
+    overrides: Assignments = None,
+) -> None:
+    """Train a network once, outside the environment, and save it.
+
+    Exactly one of --schedule, --controller and --baseline says how; --greedy, --sampled and
+    --training-seed go with --controller.
+    """
+    if sum(x is not None for x in (schedule, controller, baseline)) != 1:
+        raise ConfigError("give exactly one of --schedule, --controller and --baseline")
+    if controller is None and (greedy is not None or training_seed):
+        raise ConfigError(
+            "--greedy, --sampled and --training-seed choose how a controller acts; "
+            "give --controller, or leave them out"
+        )
+    if task not in TASK_MODULES:
+        raise ConfigError(
+            f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'; give one of these"
+        )
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty; add --overwrite or choose another --out")
+    torch.set_num_threads(1)
+    start: dict[str, Any] = {}
+    instance = checked_instance(task, seed, scale)
+    policy: Policy | None = None
+    if schedule is not None:
+        learned = _load_schedule(schedule)
+        start = {**learned.settings, "base_lr": learned.base_lr}
+        validate(settings_class(task), start, "schedule.settings")
+        source: Controller = ScheduleController(learned)
+    elif controller is not None:
+        run = RunFolder.open(controller)
+        if run.experiment.task != task:
+            raise ConfigError(f"{controller} was trained on {run.experiment.task}, got {task}")
+        start = run.experiment.env.model_dump(exclude_none=True)
+        policy = policy_of_seed(run, training_seed)
+        greedy = acts_greedily(run) if greedy is None else greedy
+    settings = env_settings(task, overrides or (), start)
+    if policy is not None:
+        _check_layout(settings, start)
+    trainer = build_trainer(task, settings)
+    # Items, not dicts: in another order, multipliers would go to the wrong groups.
+    if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
+        raise ConfigError(
+            f"{schedule} is for the groups {list(learned.layer_groups)}, {task} has "
+            f"{list(trainer.layer_groups)}; export one on this task"
+        )
+    if baseline is not None:
+        source = _baseline(baseline, len(trainer.layer_groups))
+    elif policy is not None:
+        policy.seed(derive_seed(seed, "fit-actions"))
+        source = LiveController(policy, settings, trainer, deterministic=bool(greedy))
+    _make_folder(out)  # now, not after the training
+    began = time.perf_counter()
+    records = fit(trainer, source, instance, settings.windows())
+    seconds = time.perf_counter() - began
+    diverged = records[-1]["diverged"]
+    tested = "test" in trainer.splits  # it is not where the target domain has no labels
+    accuracy, recall = (None, None) if not tested else test_figures(trainer, diverged)
+    retention = 0.0 if diverged else trainer.retention()
+    _save_fit(
+        out,
+        trainer,
+        {
+            "task": task,
+            "source": str(schedule or controller or f"baseline {baseline}"),
+            "actions": None if policy is None else "greedy" if greedy else "sampled",
+            "training_seed": None if policy is None else training_seed,
+            "instance": instance.to_dict(),
+            "settings": settings.model_dump(exclude_none=True),
+            "test_accuracy": accuracy,
+            "test_mean_recall": recall,
+            "retention": retention,
+            "windows": [_finite(record) for record in records],
+        },
+    )
+    console.print(
+        f"trained {records[-1]['inner_step']} inner steps in {seconds:.1f} s: "
+        + ("" if accuracy is None else f"test accuracy {accuracy:.3f}, ")
+        + ("" if recall is None else f"mean recall {recall:.3f}, ")
+        + f"retention {retention:.3f}"
+        + (", diverged" if diverged else "")
+        + f"\nwritten: {out}/model.safetensors, fit.json"
+    )
+
+
+def _check_layout(settings: EnvSettings, trained: dict[str, Any]) -> None:
+    for name in ("observation", "action", "grid", "start_multiplier"):
+        if (now := getattr(settings, name)) != trained[name]:
+            raise ConfigError(
+                f"`env.{name}` must be {trained[name]}, what the controller was trained with, got "
+                f"{now}; leave it out"
+            )
+
+
+def _load_schedule(path: Path) -> LearnedSchedule:
+    try:
+        return LearnedSchedule.load(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _baseline(name: str, groups: int) -> Controller:
+    family, _, candidate = name.partition(":")
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"--baseline must be one of {', '.join(FAMILIES)}, got '{family}'; give one of these"
+        )
+    candidates = FAMILIES[family](groups)
+    if not candidate:
+        candidate = list(candidates)[len(candidates) // 2]
+        console.print(f"{family} has the candidates {', '.join(candidates)}; taking {candidate}")
+    if candidate not in candidates:
+        raise ConfigError(
+            f"--baseline {family} has the candidates {', '.join(candidates)}, got "
+            f"'{candidate}'; give one of these"
+        )
+    return candidates[candidate]
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a loss that is not finite is stored as null."""
+    return {
+        k: None if isinstance(v, float) and v != v or v in (float("inf"),) else v
+        for k, v in record.items()
+    }
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+
+
+def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
+    try:
+        temporary = out / "model.safetensors.tmp"
+        state = trainer.optimizee.state_dict()  # channels-last tensors are stored in plain order
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(temporary))
+        temporary.replace(out / "model.safetensors")
+        write_text(out / "fit.json", json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None

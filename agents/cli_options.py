@@ -1,0 +1,65 @@
+"""What the commands of `asg` share: the terminal, options, and policies by training seed."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from agents.experiment import MAX_WORKERS, RunFolder
+from agents.policy import Policy
+from agents.train import load_policies
+from asg_env.config import ConfigError
+from asg_env.core.seeding import derive_seed
+from asg_env.instances import Instance
+
+# Paths and messages are printed as they are: [text] in them is no markup.
+console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
+
+RunPath = Annotated[Path, typer.Argument(help="Run folder: the --out of an `asg train`.")]
+Workers = Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Worker processes.")]
+Greedy = Annotated[
+    bool | None,
+    typer.Option(
+        "--greedy/--sampled",
+        help="How the controller acts: its likeliest actions, or draws. If left out, what did "
+        "better on train instances when the run was compared.",
+    ),
+]
+TrainingSeed = Annotated[
+    int, typer.Option(min=0, help="Whose controller, of a run with several training seeds.")
+]
+Scale = Annotated[float, typer.Option(help="Factor on the base learning rate.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what stands at --out.")]
+
+
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="key.key=value, may be repeated.")
+]
+
+
+def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:
+    """Return the policy of one of the run's training seeds."""
+    policies = load_policies(run)
+    if training_seed >= len(policies):
+        raise ConfigError(
+            f"--training-seed must be < {len(policies)}, the training seeds of {run.path}, got "
+            f"{training_seed}; lower it"
+        )
+    return policies[training_seed]
+
+
+def checked_instance(task: str, seed: int, scale: float) -> Instance:
+    """Return the instance of an ordinary training with this seed."""
+    try:
+        return Instance.from_dict(
+            {
+                "task": task,
+                "head_seed": derive_seed(seed, "fit-head") % 2**31,
+                "data_seed": derive_seed(seed, "fit-data") % 2**31,
+                "base_lr_scale": scale,
+            }
+        )
+    except ValueError:
+        raise ConfigError(f"--scale must be a finite number > 0, got {scale}; set it so") from None

@@ -1,0 +1,37 @@
+"""Precision and choice of kernels."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context for one forward pass; with `bfloat16` matrix products and convolutions run so.
+
+    To be entered for each pass anew: its cache of cast weights must not outlive an update.
+    """
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
+    """Choose CUDA kernels: the fastest for the shape, or repeatable ones.
+
+    Elsewhere it changes nothing: on a CPU with one thread all kernels are repeatable.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.backends.cudnn.flags(benchmark=not deterministic, deterministic=deterministic):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
