@@ -35,6 +35,7 @@ from agents.evaluate import acts_greedily, compare, reads_real_labels, summarise
 from agents.experiment import RunFolder, load_experiment, write_text
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
+from agents.import_policy import import_policy_command
 from agents.prepare import prepare_command
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
 from agents.rollout import RolloutPool
@@ -137,6 +138,7 @@ app.command("fit")(fit_command)
 app.command("tasks")(tasks_command)
 app.command("info")(info_command)
 app.command("prepare")(prepare_command)
+app.command("import-policy")(import_policy_command)
 
 
 def _train_with_progress(run: RunFolder) -> None:

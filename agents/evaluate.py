@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from agents.baselines import FAMILIES, Controller, KnownScale, Static
-from agents.experiment import Experiment, RunFolder
+from agents.experiment import Experiment, RunFolder, read_provenance
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, SearchResult, search_static, train_instances
@@ -373,14 +373,15 @@ def reads_real_labels(experiment: Experiment) -> bool:
 def acts_greedily(run: RunFolder) -> bool:
     """Whether a run's controller takes its likeliest actions: what its comparison chose.
 
-    True before any comparison, as for a run whose reward reads no real label.
+    True before any comparison, as for a run whose reward reads no real label; but False for an
+    imported policy of the original, which drew its actions.
 
     Raises:
         ConfigError: `results.json` is damaged.
     """
     path = run.path / "results.json"
     if not path.exists():
-        return True
+        return "imported" not in read_provenance(run)
     try:
         primary = json.loads(path.read_text(encoding="utf-8"))["protocol"]["primary"]
         return {row: greedy for greedy, row in CONTROLLER_ROWS.items()}[primary]

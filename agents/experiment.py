@@ -296,14 +296,8 @@ class RunFolder:
             ConfigError: provenance.json is missing or damaged, or cannot be written.
         """
         path, now = self.path / "provenance.json", provenance()
-        try:
-            started = json.loads(path.read_text(encoding="utf-8"))
-            resumed = started.pop("resumed", [])
-        except (OSError, ValueError, AttributeError, TypeError):
-            raise ConfigError(
-                f"{path} is missing or no JSON mapping; restore it from a copy, or start anew "
-                "with --overwrite"
-            ) from None
+        started = read_provenance(self)
+        resumed = started.pop("resumed", [])
         if now in (started, *resumed):
             return
         try:
@@ -320,6 +314,25 @@ class RunFolder:
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file of the run."""
         write_text(self.path / name, json.dumps(values, indent=2) + "\n")
+
+
+def read_provenance(run: RunFolder) -> dict[str, Any]:
+    """Return what provenance.json of a run holds.
+
+    Raises:
+        ConfigError: It is missing or damaged.
+    """
+    path = run.path / "provenance.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} is missing or no JSON mapping; restore it from a copy, or start anew "
+            "with --overwrite"
+        )
+    return values
 
 
 def write_text(path: Path, text: str) -> None:

@@ -73,11 +73,23 @@ class LSTMPolicyNetwork(nn.Module):
 
     The value head is never trained or read; like the names of all parameters it is kept so that
     a state dict of the original's policy fits (docs/original.md, section 2).
+
+    Args:
+        layout: Which observation entries go where.
+        hidden_size: Of each LSTM.
+        generator: Of the first weights.
+        memoryless: Start from zeros at every step, as the original's policy did when it acted.
     """
 
-    def __init__(self, layout: Layout, hidden_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        hidden_size: int,
+        generator: torch.Generator,
+        memoryless: bool = False,
+    ) -> None:
         super().__init__()
-        self.layout, self.hidden_size = layout, hidden_size
+        self.layout, self.hidden_size, self.memoryless = layout, hidden_size, memoryless
         width = len(layout.shared) * hidden_size
         inputs = [width + len(own) for own in layout.per_group]
         with torch.random.fork_rng(devices=[]):  # modules draw weights that are replaced below
@@ -110,8 +122,17 @@ class LSTMPolicyNetwork(nn.Module):
             state: Shape (2, B, F * hidden).
 
         Returns:
-            Log-probabilities of each group's choices, shape (T, B, G, M), and the new state.
+            Log-probabilities of each group's choices, shape (T, B, G, M), and the new state:
+            zeros if memoryless, which `state` is then not read for either.
         """
+        if not self.memoryless:
+            return self._recur(observations, state)
+        # T steps of B rows as one step of T * B rows: none sees what came before it.
+        alone = observations.flatten(0, 1)[None]
+        log_probs, _ = self._recur(alone, self.initial_state(alone.shape[1]))
+        return log_probs[0].unflatten(0, observations.shape[:2]), torch.zeros_like(state)
+
+    def _recur(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         features, states = [], []
         encoders = cast(nn.ModuleList, self.net.state_encoder)
         heads = cast(nn.ModuleList, self.action_distribution.linear)

@@ -2,7 +2,8 @@
 
 The network is the one of ASG (`agents.lstm_policy`). What the original lacked is here: every step
 has its own credit, the baseline is the mean over rollouts of the same instance, the recurrent
-state is carried through the episode, and entropy bonus and gradients are bounded.
+state is carried through the episode unless `memoryless` says otherwise, and entropy bonus and
+gradients are bounded.
 """
 
 import os
@@ -32,6 +33,7 @@ class ReinforceSettings(Settings):
     instances_per_update: Annotated[int, Field(ge=1)] = 4
     rollouts_per_instance: Annotated[int, Field(ge=2)] = 8
     hidden_size: Annotated[int, Field(ge=1)] = 20
+    memoryless: bool = False  # every step from a zero state, as the original acted
     policy_lr: Annotated[float, Field(gt=0)] = 0.01
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     entropy_start: Annotated[float, Field(ge=0)] = 0.01  # bonus per nat, first update
@@ -90,7 +92,12 @@ class Reinforce:
         self.settings = settings
         self.seed = seed
         self.policy = ReinforcePolicy(
-            LSTMPolicyNetwork(layout, settings.hidden_size, torch_generator(seed, "policy"))
+            LSTMPolicyNetwork(
+                layout,
+                settings.hidden_size,
+                torch_generator(seed, "policy"),
+                settings.memoryless,
+            )
         )
         self._parameters = [
             p for name, p in self.policy.network.named_parameters() if not name.startswith("critic")
