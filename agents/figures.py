@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from agents.evaluate import Row
+from agents.results import IN_WORDS
 from agents.rollout import Episode
 
 HIGHLIGHT = "#c2410c"
@@ -34,7 +35,8 @@ def draw_run(
     parts: Any = figure.subfigures(2, 1, height_ratios=(0.8, 1))
     _heat_maps(parts[0], _episodes(rows[0]), layer_groups)
     curves, bars = parts[1].subplots(1, 2)
-    _accuracy_curves(curves, rows)
+    metric = IN_WORDS[summary["protocol"]["metric"]]
+    _accuracy_curves(curves, rows, metric)
     _comparison(bars, summary)
     save_figure(figure, path)
 
@@ -83,7 +85,7 @@ def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[
     figure.suptitle("What the controller does on unseen instances", fontsize=11)
 
 
-def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
+def _accuracy_curves(axes: Any, rows: Sequence[Row], metric: str) -> None:
     others = [row for row in rows[1:] if row.name in OTHERS]
     for row in [rows[0], *others]:
         episodes = [e for e in _episodes(row) if len(e.accuracy)]
@@ -100,7 +102,7 @@ def _accuracy_curves(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot(x, curves.mean(axis=0), color=colour, label=row.name, lw=1.8)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axes.set_xlabel("progress of the training")
-    axes.set_ylabel("outer_valid accuracy")
+    axes.set_ylabel(f"outer_valid {metric}")
     axes.set_title("mean and middle half of the runs", fontsize=10)
     if axes.lines:
         axes.legend(fontsize=8, loc="lower right")
@@ -117,6 +119,6 @@ def _comparison(axes: Any, summary: dict[str, Any]) -> None:
         axes.plot([estimate["low"], estimate["high"]], [height, height], color=colour, lw=2)
         axes.plot(estimate["iqm"], height, "o", color=colour, ms=5)
     axes.set_yticks(range(len(table)), [entry["name"] for entry in table], fontsize=8)
-    axes.set_xlabel("test accuracy")
+    axes.set_xlabel(f"test {IN_WORDS[summary['protocol']['metric']]}")
     axes.set_title("interquartile mean and 95 % interval (grey: knows the scale)", fontsize=10)
     axes.grid(axis="x", alpha=0.3)

@@ -8,11 +8,13 @@ from agents.baselines import FAMILIES
 from agents.evaluate import MODE_INSTANCES, reads_real_labels
 from agents.experiment import Experiment
 
+IN_WORDS = {"accuracy": "accuracy", "mean_recall": "mean per-class recall"}  # metrics
 HEADINGS = (
     "method",
-    "test accuracy (IQM)",
+    "test {metric} (IQM)",
     "95 % interval",
     "mean ± std",
+    "overall accuracy",
     "retention",
     "diverged",
     "tuning episodes",
@@ -42,6 +44,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         f"{estimate['iqm']:.3f}",
         f"{estimate['low']:.3f} to {estimate['high']:.3f}",
         f"{entry['mean']:.3f} ± {entry['std_over_instances']:.3f}",
+        f"{entry['overall_accuracy']:.3f}",
         f"{entry['retention']:.3f}",
         f"{entry['diverged']:.0%}",
         str(entry["cost"]["episodes"]),
@@ -75,14 +78,18 @@ def comparison_table(summary: dict[str, Any]) -> Table:
 
 
 def results_markdown(summary: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    lines = [
-        _caption(summary),
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|---|" + "---:|" * (len(HEADINGS) - 1),
-    ]
-    lines += ["| " + " | ".join(_cells(entry)) + " |" for entry in _ordered(summary)]
+    """The same as Markdown; overall accuracy has a column where it is not the metric itself."""
+    metric = summary["protocol"]["metric"]
+    rows = [[heading.format(metric=IN_WORDS[metric]) for heading in HEADINGS]]
+    rows += [_cells(entry) for entry in _ordered(summary)]
+    if metric == "accuracy":
+        rows = [
+            [cell for h, cell in zip(HEADINGS, row, strict=True) if h != "overall accuracy"]
+            for row in rows
+        ]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    table.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    lines = [_caption(summary), "", *table]
     return "\n".join([*lines, "", _footnote(summary), ""])
 
 
@@ -94,7 +101,8 @@ def _caption(summary: dict[str, Any]) -> str:
     protocol = summary["protocol"]
     return (
         f"{len(protocol['instances'])} unseen instances, {protocol['training_seeds']} training "
-        f"seed(s), {protocol['test_images']} test images; reward: {protocol['reward']}"
+        f"seed(s), {protocol['test_images']} test images; {IN_WORDS[protocol['metric']]}; "
+        f"reward: {protocol['reward']}"
     )
 
 

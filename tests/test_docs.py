@@ -6,6 +6,7 @@ from agents.experiment import TrainSettings
 from agents.reinforce import ReinforceSettings
 from asg_env.config import EnvSettings
 from asg_env.rewards import REWARD_TERMS
+from asg_env.task_settings import ImageFolderSettings, VisDA17Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,6 +28,12 @@ def first_cells(page: str) -> set[str]:
 )
 def test_every_setting_stands_in_a_table(page, settings):
     assert set(settings.model_fields) - {"kind"} <= first_cells(page)
+
+
+@pytest.mark.parametrize("settings", [VisDA17Settings, ImageFolderSettings])
+def test_every_setting_of_ones_own_images_stands_in_a_table(settings):
+    own = set(settings.model_fields) - set(EnvSettings.model_fields)
+    assert own <= first_cells("real-data.md")
 
 
 def test_every_reward_term_stands_in_the_table():

@@ -13,6 +13,12 @@ from asg_env.core.seeding import torch_generator
 RESIDENT_SHARE = 0.5  # of the device's free memory that images may take; the rest is for training
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting: from pinned memory, on CUDA."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class HostImages:
     """Images outside the device's memory: read batch by batch, one batch ahead.
 
@@ -57,7 +63,7 @@ class HostImages:
             pixels = ahead[1].result()
         else:
             pixels = self._load(index)
-        return pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return to_device(pixels, self.device).permute(0, 3, 1, 2)
 
     def select(self, rows: Tensor) -> "HostImages":
         """Return the images at `rows`, still unread."""
@@ -73,8 +79,7 @@ class HostImages:
     def _load(self, index: Tensor | slice) -> Tensor:
         rows = self._rows[index if isinstance(index, slice) else index.numpy()]
         pixels = torch.from_numpy(self._read(rows))
-        # A copy from pinned memory runs beside the computation; the allocator keeps the block
-        # until the copy is done.
+        # Pinned here, which is the reader's thread unless nothing was read ahead.
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
 
@@ -210,5 +215,6 @@ class DataOrder:
             generator = torch_generator(self._seed, "data-order", epoch)
             if len(self._epochs) > 1:
                 self._epochs.clear()  # at most the two epochs that a batch can touch
-            self._epochs[epoch] = torch.randperm(self._size, generator=generator).to(self._device)
+            order = torch.randperm(self._size, generator=generator)
+            self._epochs[epoch] = to_device(order, self._device)
         return self._epochs[epoch]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asg_env.core.augmentation import Augmentation, AugmentationName
-from asg_env.core.data import DataOrder, HostImages, Split, place
+from asg_env.core.data import DataOrder, HostImages, Split, place, to_device
 from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all
 from asg_env.core.layer_groups import (
     GroupPatterns,
@@ -248,7 +248,7 @@ class Trainer:
         pixels = train.pixels(index)
         if isinstance(train.images, HostImages):
             train.images.prefetch(self._order.indices(inner_step + 1))
-            index = _to_device(index, self._device)
+            index = to_device(index, self._device)
         if self._augmentation is not None:
             seed = derive_seed(self._data_seed, "augmentation", inner_step)
             pixels = self._augmentation(pixels, seed)
@@ -263,9 +263,3 @@ class Trainer:
             return logits.float()
 
         return forward
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor without waiting: from pinned memory, on CUDA."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)

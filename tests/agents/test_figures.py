@@ -30,7 +30,7 @@ def test_accuracy_curves_stand_where_windows_end(make_episode):
     episode = growing(make_episode)
     row = evaluate.Row("controller (greedy)", "", [[judged(episode)]])
     axes = Figure().subplots()
-    _accuracy_curves(axes, [row])
+    _accuracy_curves(axes, [row], "accuracy")
     np.testing.assert_allclose(axes.lines[0].get_xdata(), PROGRESS[1:])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), episode.accuracy)
 
@@ -38,5 +38,5 @@ def test_accuracy_curves_stand_where_windows_end(make_episode):
 def test_accuracy_curves_say_when_there_are_none(make_episode):
     row = evaluate.Row("controller (greedy)", "", [[judged(make_episode([0.1] * 3))]])
     axes = Figure().subplots()
-    _accuracy_curves(axes, [row])
+    _accuracy_curves(axes, [row], "accuracy")
     assert [text.get_text() for text in axes.texts] == ["the reward reads no real label"]
