@@ -40,18 +40,19 @@ class SearchResult:
 def run_to_score(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> Episode:
     """Run a controller; its last accuracy is read even where the reward reads no real label.
 
-    Where no real images are held out for it, the return of the episode stands in: candidates are
-    then chosen by what the controller is trained on.
+    Where no labelled real images are held out for it, the return of the episode stands in:
+    candidates are then chosen by what the controller is trained on.
     """
     episode = run_controller(env, controller, instance)
     if len(episode.accuracy):
         return episode
-    if "outer_valid" not in env.trainer.splits:
+    outer_valid = env.trainer.splits.get("outer_valid")
+    if outer_valid is None or outer_valid.labels is None:
         return replace(episode, accuracy=episode.rewards.sum(keepdims=True))
     accuracy, images = 0.0, 0
     if not episode.diverged:
         accuracy = env.trainer.evaluate("outer_valid").score(env.settings.metric)
-        images = len(env.trainer.splits["outer_valid"])
+        images = len(outer_valid)
     return replace(
         episode,
         accuracy=np.array([accuracy]),

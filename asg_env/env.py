@@ -319,15 +319,18 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
                 f"`outer_valid_size` must be <= {there} for {task_id}, got {size}; lower it"
             )
         splits["outer_valid"] = splits["outer_valid"].head(size)
-    observed = ("inner_valid",) if settings.observation == "extended" else ()
-    for split in (*Reward(settings.reward).splits, *observed):
+    rewards = [
+        ("reward", dict(settings.reward), s, "train_loss") for s in Reward(settings.reward).splits
+    ]
+    extended = settings.observation == "extended"
+    observed = [("observation", "extended", "inner_valid", "scaled")] if extended else []
+    for setting, value, split, other in (*rewards, *observed):
         needs_labels = split != "old_task"
         if split not in splits or (needs_labels and splits[split].labels is None):
             what = "labelled images" if needs_labels else "images"
             raise ConfigError(
-                f"`reward` and `observation` must not need {what} of {split}, which {task_id} "
-                f"does not have with these settings, got reward {dict(settings.reward)}; set "
-                "env.reward to train_loss, or hold images out for it"
+                f"`{setting}` must not need {what} of {split}, which {task_id} does not have with "
+                f"these settings, got {value}; set env.{setting} to {other}"
             )
     if settings.deterministic:
         # cuBLAS reads it once, at its first call in the process.

@@ -89,6 +89,12 @@ class ImageFolderSettings(ImageTaskSettings):
                 "`source` and `target` must name folders of images, or `store` one made by asg "
                 "prepare, got neither; set env.source and env.target"
             )
+        default = type(self).model_fields["outer_valid_fraction"].default
+        if not self.target_labels and self.outer_valid_fraction != default:
+            raise ValueError(
+                "`outer_valid_fraction` divides a target with labels, got "
+                f"{self.outer_valid_fraction} with target_labels=false; leave it out"
+            )
         if self.source is None and not self.target_labels:
             raise ValueError(
                 "`target_labels` is used with source and target only, a store knows what it "

@@ -53,12 +53,15 @@ def evaluate_split(
     """
     labels = data.known_labels()
     logits = forward_all(data, forward)
-    scores = logits
     if flip_average:
         mirrored = forward_all(data, lambda images: forward(images.flip(3)))
         scores = (logits.sigmoid() + mirrored.sigmoid()) / 2
-    correct = accuracy_counts(scores, labels)
-    per_image = recall_weights(labels, scores.shape[1])
+        # The sigmoid of an infinite logit is finite.
+        finite = (logits.isfinite() & mirrored.isfinite()).all(dim=1)
+        correct = accuracy_counts(scores, labels) & finite
+    else:
+        correct = accuracy_counts(logits, labels)
+    per_image = recall_weights(labels, logits.shape[1])
     numbers = torch.stack(
         (correct.float().mean(), (correct * per_image).sum(), task_loss(logits, labels))
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from asg_env.core.data import HostImages, Split
 from asg_env.core.layer_groups import GroupPatterns
 from asg_env.core.optimizee import Optimizee
+from asg_env.core.seeding import numpy_generator
 from asg_env.tasks import SUMMARIES
 from asg_env.tasks.backbones import load_pretrained
 from asg_env.tasks.listing import DataError, Listing, stratified_division
@@ -41,6 +42,7 @@ def build_image_task(
     inner_valid_fraction: float,
     outer_valid_fraction: float,
     split_seed: int,
+    classes: tuple[str, ...] | None = None,
 ) -> Task:
     """Divide both domains into splits and put the network around the pretrained backbone.
 
@@ -61,6 +63,7 @@ def build_image_task(
         inner_valid_fraction: Share of the source domain held out.
         outer_valid_fraction: Share of the target domain that rewards may read.
         split_seed: Of both divisions.
+        classes: What the classes have to be; any if None.
 
     Raises:
         DataError: Images, store or weights cannot be used.
@@ -88,10 +91,17 @@ def build_image_task(
         digest = hashlib.sha256(prints.encode()).hexdigest()
 
     source, target = listings["source"], listings["target"]
+    if classes is not None and source.classes != classes:
+        raise DataError(
+            f"{task_id} has the classes {', '.join(classes)}, got {', '.join(source.classes)} "
+            f"in {store}; use ASG/ImageFolder-v0"
+        )
     inner_valid, train = stratified_division(source, inner_valid_fraction, split_seed)
     parts = {"train": ("source", train), "inner_valid": ("source", inner_valid)}
     if target.labels is None:
-        parts["outer_valid"] = ("target", np.arange(len(target.paths)))
+        # In no order of the folders: the first of them are what is looked at.
+        generator = numpy_generator(split_seed, "unlabelled-target")
+        parts["outer_valid"] = ("target", generator.permutation(len(target)))
     else:
         outer_valid, test = stratified_division(target, outer_valid_fraction, split_seed)
         parts |= {"outer_valid": ("target", outer_valid), "test": ("target", test)}

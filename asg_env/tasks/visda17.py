@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asg_env.tasks.image_task import build_image_task
-from asg_env.tasks.listing import Listing, read_visda_list
+from asg_env.tasks.listing import VISDA_CLASSES, Listing, read_visda_list
 from asg_env.tasks.task import Task
 
 TASK_ID = "ASG/VisDA17-v0"
@@ -37,4 +37,4 @@ def load_task(root: str | None, **settings: Any) -> Task:
         DataError: Images, store or weights cannot be used.
     """
     listings = None if root is None else list_images(Path(root))
-    return build_image_task(TASK_ID, listings, **settings)
+    return build_image_task(TASK_ID, listings, classes=VISDA_CLASSES, **settings)

@@ -4,7 +4,15 @@ import pytest
 from agents import search
 from agents.baselines import Static
 from agents.rollout import run_controller
-from agents.search import FIRST_RUNG, KEPT, RUNGS, Scorer, search_static, train_instances
+from agents.search import (
+    FIRST_RUNG,
+    KEPT,
+    RUNGS,
+    Scorer,
+    run_to_score,
+    search_static,
+    train_instances,
+)
 from asg_env.actions import GRIDS
 from asg_env.config import ConfigError
 from asg_env.instances import TRAIN_SEEDS, published_test_instances
@@ -164,6 +172,52 @@ def test_scorer_counts_a_diverged_run_as_zero(inline_pool, make_settings):
         settings = make_settings(base_lr=1e25, reward=reward)
         scorer = Scorer(inline_pool(TASK, settings), train_instances(TASK, "fixed", 0, 1))
         assert scorer.score({"a": Static((1.0,) * 5)}, 1) == {"a": 0.0}
+
+
+def test_run_to_score_takes_the_return_where_no_real_images_are_held_out(
+    make_env, instance, monkeypatch
+):
+    env = make_env(reward="train_loss")
+    with_images = run_to_score(env, Static((0.1,) * 5), instance)
+    monkeypatch.delitem(env.trainer.splits, "outer_valid")
+
+    episode = run_to_score(env, Static((0.1,) * 5), instance)
+
+    np.testing.assert_array_equal(episode.rewards, with_images.rewards)
+    assert episode.accuracy.tolist() == [pytest.approx(episode.rewards.sum())]
+    assert episode.accuracy[-1] != with_images.accuracy[-1]
+    assert (episode.validation_images, with_images.validation_images) == (0, 50)
+
+
+def test_scorer_ranks_by_the_return_where_no_real_images_are_held_out(
+    inline_pool, make_settings, monkeypatch
+):
+    settings = make_settings(reward="train_loss")
+    pool = inline_pool(TASK, settings)
+    monkeypatch.delitem(pool.env.trainer.splits, "outer_valid")
+    instances = train_instances(TASK, "fixed", 0, 2)
+    candidates = {"still": Static((0.0,) * 5), "moving": Static((0.1,) * 5)}
+    scorer = Scorer(pool, instances)
+
+    scores = scorer.score(candidates, 2)
+
+    returns = {
+        name: np.mean([run_controller(pool.env, c, i).rewards.sum() for i in instances])
+        for name, c in candidates.items()
+    }
+    assert scores == pytest.approx(returns)
+    assert scores["moving"] > scores["still"]
+    assert scorer.validation_images == 0
+
+
+def test_run_to_score_reads_the_metric_of_the_environment(make_env, instance):
+    scores = {}
+    for metric in ("accuracy", "mean_recall"):
+        env = make_env(metric=metric, reward="train_loss", outer_valid_size=52)
+        scores[metric] = run_to_score(env, Static((0.1,) * 5), instance).accuracy[-1]
+        result = env.trainer.evaluate("outer_valid")
+        assert scores[metric] == pytest.approx(result.score(metric))
+    assert scores["accuracy"] != scores["mean_recall"]
 
 
 def test_train_instances_are_repeatable_and_no_test_instances():

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from agents import statistics
-from agents.statistics import bootstrap_iqm, interquartile_mean
+from agents.statistics import bootstrap_iqm, interquartile_mean, score
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -126,5 +126,105 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(monkeypat
         means = np.clip(generator.normal(0.6, 0.1, size=24), 0, 1)  # symmetric: the IQM is .6
         correct = generator.random((1, 24, 60)) < means[:, None]
         estimate = bootstrap_iqm(correct, generator)
+        covered += estimate.low <= 0.6 <= estimate.high
+    assert 85 <= covered <= 100
+
+
+# Mean per-class recall
+
+UNBALANCED = np.array([0, 0, 0, 0, 1, 1, 2])
+
+
+def recalls_by_hand(correct: np.ndarray, classes: np.ndarray) -> float:
+    """Mean over classes of the share that is right, for one run, shape (N,)."""
+    return float(np.mean([correct[classes == label].mean() for label in sorted(set(classes))]))
+
+
+def test_score_is_accuracy_or_mean_recall_of_each_run():
+    # Run 0: recalls 2/4, 1/2 and 1; run 1: all wrong but the single image of class 2.
+    correct = np.array([[[1, 1, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0, 1]]], dtype=bool)
+
+    np.testing.assert_allclose(score(correct, None), [[4 / 7, 1 / 7]])
+    np.testing.assert_allclose(score(correct, UNBALANCED), [[(1 / 2 + 1 / 2 + 1) / 3, 1 / 3]])
+    assert score(correct, UNBALANCED).shape == (1, 2)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_score_does_not_depend_on_the_order_of_images(order):
+    correct = rng().random((2, 3, 7)) < 0.5
+    np.testing.assert_allclose(
+        score(correct[..., order], UNBALANCED[order]), score(correct, UNBALANCED)
+    )
+
+
+def test_bootstrap_of_classes_estimates_the_iqm_of_mean_recall():
+    correct = rng().random((2, 6, 7)) < 0.6
+    by_hand = [[recalls_by_hand(run, UNBALANCED) for run in seed] for seed in correct]
+
+    estimate = bootstrap_iqm(correct, rng(1), classes=UNBALANCED)
+
+    assert estimate.value == pytest.approx(interquartile_mean(np.ravel(by_hand)))
+    assert estimate.value != pytest.approx(bootstrap_iqm(correct, rng(1)).value)
+    assert estimate.low < estimate.value < estimate.high
+    assert (estimate.seeds, estimate.instances) == (2, 6)
+
+
+def test_bootstrap_of_balanced_classes_estimates_the_accuracy():
+    correct = rng().random((2, 8, 60)) < 0.7
+    classes = np.arange(60) % 4
+
+    by_class, plain = (
+        bootstrap_iqm(correct, rng(1), classes=classes),
+        bootstrap_iqm(correct, rng(1)),
+    )
+
+    assert by_class.value == pytest.approx(plain.value, abs=1e-12)
+    assert by_class.low == pytest.approx(plain.low, abs=0.03)
+    assert by_class.high == pytest.approx(plain.high, abs=0.03)
+
+
+def test_bootstrap_of_one_class_is_that_of_the_accuracy():
+    correct = rng().random((1, 8, 30)) < 0.7
+    assert bootstrap_iqm(correct, rng(1), classes=np.zeros(30)) == bootstrap_iqm(correct, rng(1))
+
+
+def test_bootstrap_draws_images_within_their_class():
+    # Each class is wholly right or wholly wrong, the same in every run: drawn within classes
+    # nothing varies; drawn from all images, the share of each class would.
+    classes = np.repeat([0, 1], [40, 10])
+    correct = np.broadcast_to(classes == 0, (1, 6, 50))
+
+    by_class = bootstrap_iqm(correct, rng(), classes=classes)
+    plain = bootstrap_iqm(correct, rng())
+
+    assert by_class.value == 0.5
+    assert by_class.low == pytest.approx(0.5, abs=1e-6)
+    assert by_class.high == pytest.approx(0.5, abs=1e-6)
+    assert plain.high - plain.low > 0.1
+
+
+def test_bootstrap_difference_of_mean_recalls_is_paired():
+    correct = rng().random((3, 8, 7)) < 0.7
+    other = rng(1).random((3, 8, 7)) < 0.5
+    units = score(correct, UNBALANCED) - score(other, UNBALANCED)
+
+    estimate = bootstrap_iqm(correct, rng(2), minus=other, classes=UNBALANCED)
+    itself = bootstrap_iqm(correct, rng(2), minus=correct, classes=UNBALANCED)
+
+    assert estimate.value == pytest.approx(interquartile_mean(units.reshape(-1)))
+    assert estimate.low < estimate.value < estimate.high
+    assert (itself.value, itself.low, itself.high) == (0.0, 0.0, 0.0)
+
+
+def test_bootstrap_interval_of_mean_recall_covers_the_truth(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+    generator = rng(9)
+    classes = np.repeat([0, 1, 2], [60, 20, 20])
+    chances = np.array([0.9, 0.5, 0.4])[classes]  # mean recall 0.6, accuracy 0.72
+    covered = 0
+    for _ in range(100):
+        shift = np.clip(generator.normal(0, 0.05, size=(1, 24, 1)), -0.1, 0.1)
+        correct = generator.random((1, 24, 100)) < chances + shift
+        estimate = bootstrap_iqm(correct, generator, classes=classes)
         covered += estimate.low <= 0.6 <= estimate.high
     assert 85 <= covered <= 100

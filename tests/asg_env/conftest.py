@@ -62,12 +62,12 @@ def tiny_splits():
 def make_trainer(build_optimizee, tiny_splits):
     """Return a function that puts a trainer around the synthetic optimizee."""
 
-    def make(guidance=None, **settings):
+    def make(guidance=None, splits=None, **settings):
         settings = {"base_lr": 0.1, "total_steps": 20, "batch_size": 8} | settings
         return Trainer(
             build_optimizee(),
             PATTERNS,
-            tiny_splits,
+            tiny_splits if splits is None else splits,
             TrainerSettings(**settings),
             {"kl": 0.1} if guidance is None else guidance,
             torch.device("cpu"),

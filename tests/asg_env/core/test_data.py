@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
-from asg_env.core.data import DataOrder, Split
+from asg_env.core import data
+from asg_env.core.data import DataOrder, HostImages, Split, place, placement
 
 CPU = torch.device("cpu")
 
@@ -61,3 +63,187 @@ def test_split_head_is_balanced_whatever_the_order_of_labels():
     assert head.labels.bincount().tolist() == [3, 2, 2]
     assert torch.equal(labels[head.images.flatten().long()], head.labels)
     assert len(head.images.unique()) == 7
+
+
+# Images on the host
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (10, 5, 6, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def resident(pixels):
+    """The same images as a tensor."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def make_host(pixels):
+    """Return a function that makes host images; `log` gets the rows of every read."""
+
+    def make(log=None, cheap=True):
+        def read(rows):
+            if log is not None:
+                log.append(rows.tolist())
+            return pixels[rows]
+
+        return HostImages(read, np.arange(len(pixels)), (3, 5, 6), cheap=cheap)
+
+    return make
+
+
+INDEX = torch.tensor([7, 0, 7, 3])
+OTHER = torch.tensor([7, 0, 3, 7])
+
+
+@pytest.mark.parametrize("ahead", [None, INDEX, OTHER, torch.tensor([1])])
+@pytest.mark.parametrize("index", [INDEX, slice(2, 9, 3), slice(None)], ids=str)
+def test_host_images_are_those_of_a_resident_tensor(make_host, resident, index, ahead):
+    images = make_host()
+    for _ in range(2):
+        if ahead is not None:
+            images.prefetch(ahead)
+
+        gathered = images.gather(index)
+
+        assert torch.equal(gathered, resident[index])
+        assert gathered.dtype == torch.uint8
+        assert gathered.is_contiguous(memory_format=torch.channels_last)
+    assert images.shape == resident.shape
+    assert len(images) == len(resident)
+
+
+def test_host_images_read_a_batch_once_when_it_was_prefetched(make_host):
+    log = []
+    images = make_host(log)
+
+    images.prefetch(INDEX)
+    images.gather(INDEX)
+    assert log == [[7, 0, 7, 3]]
+
+    images.gather(INDEX)  # what was read ahead is handed over once
+    assert log == [[7, 0, 7, 3]] * 2
+
+
+def test_host_images_ignore_a_prefetch_of_another_batch(make_host, resident):
+    log = []
+    images = make_host(log)
+
+    images.prefetch(OTHER)
+
+    assert torch.equal(images.gather(INDEX), resident[INDEX])
+    assert torch.equal(images.gather(OTHER), resident[OTHER])
+    images._reader.submit(lambda: None).result()  # until what was read ahead is there
+    assert sorted(log) == sorted([[7, 0, 3, 7], [7, 0, 7, 3], [7, 0, 3, 7]])
+
+
+def test_host_images_report_an_error_of_reading_ahead_at_the_gather():
+    def read(rows):
+        raise ValueError(f"no row {rows[0]}")
+
+    images = HostImages(read, np.arange(3), (3, 1, 1), cheap=False)
+    images.prefetch(torch.tensor([2]))
+
+    with pytest.raises(ValueError, match=r"no row 2"):
+        images.gather(torch.tensor([2]))
+
+
+def test_host_images_select_rows_and_go_to_a_device_unread(make_host, resident):
+    log = []
+    images = make_host(log, cheap=False)
+
+    chosen = images.select(torch.tensor([8, 1, 5])).select(torch.tensor([2, 0])).to(CPU)
+
+    assert log == []
+    assert (len(chosen), chosen.shape, chosen.cheap) == (2, torch.Size((2, 3, 5, 6)), False)
+    assert chosen.device == CPU
+    assert torch.equal(chosen.gather(slice(None)), resident[[5, 8]])
+    assert log == [[5, 8]]
+
+
+def test_split_of_host_images_does_what_one_of_a_tensor_does(make_host, resident):
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    host = Split(make_host(), labels, 10.0, 4.0)
+    tensor = Split(resident, labels, 10.0, 4.0)
+
+    for change in (
+        lambda split: split,
+        lambda split: split.head(5),
+        lambda split: split.select(torch.tensor([9, 2])),
+        lambda split: split.to(CPU),
+    ):
+        ours, theirs = change(host), change(tensor)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.pixels(slice(None)), theirs.pixels(slice(None)))
+        assert torch.equal(ours.batch(torch.tensor([1, 0])), theirs.batch(torch.tensor([1, 0])))
+        assert len(ours) == len(theirs)
+        assert isinstance(ours.images, HostImages)
+
+
+def test_split_without_labels_says_so_and_still_has_a_head(resident):
+    split = Split(resident, None, 0.0, 1.0)
+
+    with pytest.raises(ValueError, match=r"the images of this split have no labels"):
+        split.known_labels()
+    assert torch.equal(split.head(3).images, resident[:3])
+    assert len(split.head(99)) == 10
+    assert split.head(3).labels is None
+    assert split.select(torch.tensor([4])).to(CPU).labels is None
+
+
+def test_split_known_labels_are_the_labels(resident):
+    labels = torch.arange(10)
+    assert torch.equal(Split(resident, labels, 0.0, 1.0).known_labels(), labels)
+
+
+def test_split_normalises_each_channel_by_its_own_statistics(make_host, resident):
+    mean, std = torch.tensor([100.0, 50.0, 0.0]), torch.tensor([1.0, 2.0, 10.0])
+    expected = torch.stack(
+        [(resident[:, c].double() - mean[c]) / std[c] for c in range(3)], dim=1
+    ).float()
+
+    for images in (resident, make_host()):
+        split = Split(images, None, mean.view(3, 1, 1), std.view(3, 1, 1)).to(CPU)
+        torch.testing.assert_close(split.batch(slice(None)), expected)
+        assert torch.equal(split.normalise(split.pixels(INDEX)), split.batch(INDEX))
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_place_leaves_host_images_on_the_host_of_a_cpu(make_host, cheap):
+    log = []
+    splits = {"train": Split(make_host(log, cheap), torch.arange(10), 0.0, 1.0)}
+
+    assert placement(splits, CPU) == "host"
+    placed = place(splits, CPU)
+    assert isinstance(placed["train"].images, HostImages)
+    assert torch.equal(placed["train"].labels, torch.arange(10))
+    assert log == []
+
+
+@pytest.mark.parametrize(("room", "expected"), [(1.0, "resident"), (0.99, "host")])
+def test_placement_on_cuda_asks_whether_all_images_fit(make_host, monkeypatch, room, expected):
+    splits = {name: Split(make_host(), None, 0.0, 1.0) for name in ("train", "test")}
+    free = room * 2 * 10 * 3 * 5 * 6 / data.RESIDENT_SHARE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+
+    assert placement(splits, torch.device("cuda")) == expected
+
+
+def test_placement_on_cuda_decodes_no_file_in_advance(make_host, monkeypatch):
+    splits = {"train": Split(make_host(cheap=False), None, 0.0, 1.0)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+
+    assert placement(splits, torch.device("cuda")) == "host"
+
+
+def test_place_reads_all_images_where_they_become_resident(make_host, resident, monkeypatch):
+    monkeypatch.setattr(data, "placement", lambda splits, device: "resident")
+
+    split = place({"train": Split(make_host(), torch.arange(10), 3.0, 2.0)}, CPU)["train"]
+
+    assert isinstance(split.images, torch.Tensor)
+    assert torch.equal(split.images, resident)
+    assert split.images.is_contiguous(memory_format=torch.channels_last)
+    assert (split.mean, split.std) == (3.0, 2.0)
