@@ -7,14 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from agents.cli_fit import fit_command
@@ -30,6 +22,7 @@ from agents.cli_options import (
     checked_instance,
     console,
     policy_of_seed,
+    progress_bar,
 )
 from agents.evaluate import acts_greedily, compare, reads_real_labels, summarise
 from agents.experiment import RunFolder, load_experiment, write_text
@@ -144,17 +137,7 @@ app.command("import-policy")(import_policy_command)
 def _train_with_progress(run: RunFolder) -> None:
     total = run.experiment.agent.updates * run.experiment.train.seeds
     real_labels = reads_real_labels(run.experiment)
-    with Progress(
-        TextColumn("seed {task.fields[seed]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
+    with progress_bar("seed {task.fields[seed]}") as progress:
         bar = progress.add_task("train", total=total, seed=0, numbers="")
 
         def show(seed: int, update: int, values: dict[str, float]) -> None:

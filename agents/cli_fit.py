@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from agents.cli_options import (
     checked_instance,
     console,
     policy_of_seed,
+    progress_bar,
 )
 from agents.evaluate import acts_greedily, test_figures
 from agents.experiment import RunFolder, env_settings, write_text
@@ -26,7 +28,9 @@ from agents.fit import LiveController, ScheduleController, fit
 from agents.policy import Policy
 from asg_env.config import ConfigError, EnvSettings, validate
 from asg_env.core.seeding import derive_seed
+from asg_env.core.trainer import Trainer
 from asg_env.env import build_trainer
+from asg_env.instances import Instance
 from asg_env.schedule import LearnedSchedule
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
@@ -83,7 +87,11 @@ def fit_command(
         greedy = acts_greedily(run) if greedy is None else greedy
     settings = env_settings(task, overrides or (), start)
     if policy is not None:
-        _check_layout(settings, start)
+        _check_unchanged(
+            settings, start, ("observation", "action", "grid", "start_multiplier"), "controller"
+        )
+    elif schedule is not None:
+        _check_unchanged(settings, start, ("optimizer", "momentum_form", "lr_factor"), "schedule")
     trainer = build_trainer(task, settings)
     # Items, not dicts: in another order, multipliers would go to the wrong groups.
     if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
@@ -98,7 +106,7 @@ def fit_command(
         source = LiveController(policy, settings, trainer, deterministic=bool(greedy))
     _make_folder(out)  # now, not after the training
     began = time.perf_counter()
-    records = fit(trainer, source, instance, settings.windows())
+    records = _fit_with_progress(trainer, source, instance, settings.windows())
     seconds = time.perf_counter() - began
     diverged = records[-1]["diverged"]
     tested = "test" in trainer.splits  # it is not where the target domain has no labels
@@ -130,12 +138,29 @@ def fit_command(
     )
 
 
-def _check_layout(settings: EnvSettings, trained: dict[str, Any]) -> None:
-    for name in ("observation", "action", "grid", "start_multiplier"):
-        if (now := getattr(settings, name)) != trained[name]:
+def _fit_with_progress(
+    trainer: Trainer, source: Controller, instance: Instance, windows: Sequence[int]
+) -> list[dict[str, Any]]:
+    with progress_bar("{task.completed}/{task.total} inner steps") as bar:
+        task = bar.add_task("fit", total=sum(windows), numbers="")
+
+        def show(record: dict[str, Any]) -> None:
+            numbers = f"CE {record['ce']:.3f}  KL {record['kl']:.3f}"
+            bar.update(task, completed=record["inner_step"], numbers=numbers)
+
+        return fit(trainer, source, instance, windows, show)
+
+
+def _check_unchanged(
+    settings: EnvSettings, start: dict[str, Any], names: Sequence[str], what: str
+) -> None:
+    learned = validate(type(settings), start, "env")
+    for name in names:
+        then, now = getattr(learned, name), getattr(settings, name)
+        if now != then:
             raise ConfigError(
-                f"`env.{name}` must be {trained[name]}, what the controller was trained with, got "
-                f"{now}; leave it out"
+                f"`env.{name}` must be {then}, as the {what} was learned with it, got {now}; leave "
+                "it out"
             )
 
 

@@ -6,6 +6,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from agents.experiment import MAX_WORKERS, RunFolder
 from agents.policy import Policy
@@ -37,6 +45,21 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what st
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="key.key=value, may be repeated.")
 ]
+
+
+def progress_bar(label: str) -> Progress:
+    """Return a bar with label, the field `numbers` and an ETA; silent where nobody watches."""
+    return Progress(
+        TextColumn(label),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:

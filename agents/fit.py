@@ -4,7 +4,7 @@ No real label is read: a live controller decides from training losses alone (and
 inner_valid split, if its observation has it).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,11 @@ class LiveController:
 
 
 def fit(
-    trainer: Trainer, controller: Any, instance: Instance, windows: Sequence[int]
+    trainer: Trainer,
+    controller: Any,
+    instance: Instance,
+    windows: Sequence[int],
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
     """Train once, window by window; stop early if the training diverges.
 
@@ -80,6 +84,7 @@ def fit(
         controller: A `Controller`, such as those above or `agents.baselines`.
         instance: Head, data order and rate scale.
         windows: Inner steps of each window.
+        report: Called with the record of each window.
 
     Returns:
         One record per window: inner step, multipliers, CE, KL, whether it diverged.
@@ -101,6 +106,7 @@ def fit(
                 "diverged": telemetry.diverged,
             }
         )
+        report(records[-1])
         if telemetry.diverged:
             break
     return records

@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from agents.cli_options import console
+from agents.cli_options import console, progress_bar
 from agents.experiment import MAX_WORKERS
 from asg_env.config import ConfigError
 from asg_env.tasks import image_folder, visda17
@@ -102,17 +94,7 @@ def _prepare_with_progress(
     total = sum(map(len, listings.values()))
     first: tuple[int, float] | None = None  # images and time at the first chunk: workers are up
     lines = 0
-    with Progress(
-        TextColumn("{task.completed}/{task.total} images"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    with progress_bar("{task.completed}/{task.total} images") as bar:
         task = bar.add_task("prepare", total=total, numbers="")
 
         def show(done: int, _: int, broken: int) -> None:

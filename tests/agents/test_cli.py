@@ -309,6 +309,41 @@ def test_fit_refuses_wrong_arguments(fails, tmp_path, arguments, message):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env.momentum_form=scaled-velocity", "`env.momentum_form` must be pytorch, as the sched"),
+        ("env.lr_factor=warmup-poly", "`env.lr_factor` must be constant, as the schedule"),
+        ("env.optimizer=adam", "`env.optimizer` must be sgd, as the schedule was learned with it"),
+        ("env.speed=1", "`env.speed` is unknown"),
+        ("train.workers=2", "--set must look like env.root=DIR here, got 'train.workers=2'"),
+    ],
+)
+def test_fit_refuses_settings_that_a_schedule_was_not_learned_with(
+    fails, schedule, tmp_path, override, message
+):
+    schedule.save(tmp_path / "s.json")
+    arguments = ("--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    assert message in fails("fit", TASK, *arguments, "--set", override)
+
+
+def test_fit_refuses_decisions_that_a_controller_was_not_trained_for(fails, run, tmp_path):
+    arguments = ("--controller", run, "--out", tmp_path / "model", "--set", "env.action=grid")
+    message = "`env.action` must be relative, as the controller was learned with it, got grid"
+    assert message in fails("fit", TASK, *arguments)
+
+
+def test_fit_stretches_a_schedule_over_another_length(asg, schedule, tmp_path):
+    schedule.save(tmp_path / "s.json")
+    arguments = ("--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    sets = ("--set", "env.inner_steps=4", "--set", "env.base_lr=0.001")
+    assert asg("fit", TASK, *arguments, *sets).status == 0
+    fitted = json.loads((tmp_path / "model" / "fit.json").read_text(encoding="utf-8"))
+    assert [window["inner_step"] for window in fitted["windows"]] == [4, 8, 12]
+    used = [tuple(window["lr_multipliers"]) for window in fitted["windows"]]
+    assert tuple(used) == schedule.multipliers
+
+
 def test_fit_refuses_an_unknown_task(fails, tmp_path):
     message = fails("fit", "ASG/None-v0", "--baseline", "cosine", "--out", tmp_path / "model")
     assert f"`task` must be one of {', '.join(TASK_MODULES)}, got 'ASG/None-v0'" in message
