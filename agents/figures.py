@@ -59,7 +59,8 @@ def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[
         inside = [e for e in episodes if low <= e.instance.base_lr_scale < high]
         if inside:
             scales = [e.instance.base_lr_scale for e in inside]
-            bands.append((f"hidden scale {min(scales):.2g} to {max(scales):.2g}", inside))
+            span = f"hidden scale {min(scales):.2g} to {max(scales):.2g}"
+            bands.append((span if min(scales) < max(scales) else f"scale {scales[0]:g}", inside))
     axes = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
     for panel, (title, inside) in zip(axes, bands, strict=True):
         longest = max(inside, key=lambda e: len(e.multipliers))
