@@ -383,7 +383,10 @@ def test_no_real_label_chooses_the_mode_where_the_reward_reads_none(
 )
 def test_a_run_acts_as_its_comparison_chose(make_experiment, tmp_path, primary, greedy):
     run = RunFolder(tmp_path, make_experiment())
+    run.write_json("provenance.json", {})
     assert acts_greedily(run)  # before any comparison
+    run.write_json("provenance.json", {"imported": {"file": "policy.pth"}})
+    assert not acts_greedily(run)  # the original draws its actions
     run.write_json("results.json", {"protocol": {"primary": primary}})
     assert acts_greedily(run) is greedy
 

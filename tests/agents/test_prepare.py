@@ -5,6 +5,7 @@ import pytest
 import typer
 from rich.console import Console
 
+import agents.cli_options
 import agents.prepare
 from agents.prepare import prepare_command
 from asg_env.config import ConfigError
@@ -87,7 +88,7 @@ def test_prepare_prints_about_twenty_lines_off_a_terminal(
 
 
 def test_prepare_draws_one_bar_on_a_terminal(asg_prepare, visda, tmp_path, monkeypatch):
-    monkeypatch.setattr(agents.prepare, "console", Console(force_terminal=True, width=110))
+    monkeypatch.setattr(agents.cli_options, "console", Console(force_terminal=True, width=110))
     printed = asg_prepare("visda17", visda, "--out", tmp_path / "store", "--image-size", 8)
     assert "36/36 images" in printed
     assert "ETA" in printed
