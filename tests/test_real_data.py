@@ -24,7 +24,7 @@ SMALL_ENV = {
     "horizon": 2,
     "inner_steps": 2,
     "batch_size": 4,
-    "outer_valid_size": 12,
+    "outer_valid_size": 4,
     "augmentation": "none",
 }
 SMALL_RUN = {
