@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from asg_env.core.telemetry import Telemetry
+from asg_env.core.trainer import Trainer
 from asg_env.instances import Instance
 
 LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # candidates of every "top" multiplier
@@ -18,8 +19,8 @@ LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # candidates of every "top" multipl
 class Controller(Protocol):
     """Sets the multipliers of each window; one object serves many episodes, one at a time."""
 
-    def begin(self, instance: Instance, groups: int) -> None:
-        """Start an episode with `groups` layer groups."""
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
+        """Start an episode; the trainer stands at inner step 0 and may be read."""
         ...
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
@@ -38,8 +39,9 @@ class Static:
 
     vector: tuple[float, ...]
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Check that the vector fits the layer groups."""
+        groups = len(trainer.layer_groups)
         if len(self.vector) != groups:
             raise ValueError(f"a static vector needs {groups} multipliers, got {self.vector}")
 
@@ -59,7 +61,7 @@ class KnownScale:
     vector: tuple[float, ...]
     clip: bool
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Read the hidden scale."""
         self._now = [m / instance.base_lr_scale for m in self.vector]
         if self.clip:
@@ -76,9 +78,9 @@ class Cosine:
 
     top: float
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Remember the number of groups."""
-        self._groups = groups
+        self._groups = len(trainer.layer_groups)
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
         """Return top * (1 + cos(pi * progress)) / 2 for every group."""
@@ -93,9 +95,9 @@ class ReduceOnPlateau:
     patience: int = 1  # windows
     threshold: float = 0.01  # relative fall that counts as one
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Start at the top."""
-        self._groups, self._now = groups, self.top
+        self._groups, self._now = len(trainer.layer_groups), self.top
         self._best, self._waited = math.inf, 0
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
@@ -123,9 +125,10 @@ class BackOff:
     back: float = 10.0
     _rising: bool = field(default=True, init=False)
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Start low."""
-        self._groups, self._now, self._previous, self._rising = groups, self.start, math.inf, True
+        self._groups, self._now = len(trainer.layer_groups), self.start
+        self._previous, self._rising = math.inf, True
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
         """Raise, step back once, or hold."""

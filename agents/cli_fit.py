@@ -26,6 +26,7 @@ from agents.evaluate import acts_greedily, test_figures
 from agents.experiment import RunFolder, env_settings, write_text
 from agents.fit import LiveController, ScheduleController, fit
 from agents.policy import Policy
+from agents.rules import RULE_FAMILIES
 from asg_env.config import ConfigError, EnvSettings, validate
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
@@ -173,11 +174,12 @@ def _load_schedule(path: Path) -> LearnedSchedule:
 
 def _baseline(name: str, groups: int) -> Controller:
     family, _, candidate = name.partition(":")
-    if family not in FAMILIES:
+    families = {**FAMILIES, **RULE_FAMILIES}
+    if family not in families:
         raise ConfigError(
-            f"--baseline must be one of {', '.join(FAMILIES)}, got '{family}'; give one of these"
+            f"--baseline must be one of {', '.join(families)}, got '{family}'; give one of these"
         )
-    candidates = FAMILIES[family](groups)
+    candidates = families[family](groups)
     if not candidate:
         candidate = list(candidates)[len(candidates) // 2]
         console.print(f"{family} has the candidates {', '.join(candidates)}; taking {candidate}")
@@ -209,8 +211,8 @@ def _make_folder(out: Path) -> None:
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
     try:
         temporary = out / "model.safetensors.tmp"
-        state = trainer.optimizee.state_dict()  # channels-last tensors are stored in plain order
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(temporary))
+        weights = trainer.weights()  # channels-last tensors are stored in plain order
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
         temporary.replace(out / "model.safetensors")
         write_text(out / "fit.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:

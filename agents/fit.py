@@ -26,7 +26,7 @@ class ScheduleController:
     def __init__(self, schedule: LearnedSchedule) -> None:
         self._schedule = schedule
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Nothing to prepare."""
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
@@ -41,13 +41,15 @@ class LiveController:
         self, policy: Policy, settings: EnvSettings, trainer: Trainer, deterministic: bool
     ) -> None:
         self._policy, self._trainer, self._deterministic = policy, trainer, deterministic
-        self._observation = Observation(settings.observation, trainer.layer_groups, settings.grid)
+        self._observation = Observation(
+            settings.observation, trainer.layer_groups, settings.grid, trainer.guidance.extra
+        )
         self._action = ACTIONS[settings.action](settings.grid, len(trainer.layer_groups))
         self._start, self._first_window = settings.start_multiplier, settings.windows()[0]
 
-    def begin(self, instance: Instance, groups: int) -> None:
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Look at the first batches before any step is taken, as the environment's reset does."""
-        self._now: tuple[float, ...] = (self._start,) * groups
+        self._now: tuple[float, ...] = (self._start,) * len(trainer.layer_groups)
         self._initial = self._trainer.initial_report(min(RESET_BATCHES, self._first_window))
         self._previous_ce = self._initial.ce
         self._state: Any = None
@@ -90,7 +92,7 @@ def fit(
         One record per window: inner step, multipliers, CE, KL, whether it diverged.
     """
     trainer.reset(instance.head_seed, instance.data_seed, instance.base_lr_scale)
-    controller.begin(instance, len(trainer.layer_groups))
+    controller.begin(instance, trainer)
     telemetry: Telemetry | None = None
     records = []
     for length in windows:

@@ -73,9 +73,10 @@ def run_policy(
 
 def run_controller(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> Episode:
     """Run one episode under a hand-made controller, at exact multipliers."""
-    controller.begin(instance, len(env.trainer.layer_groups))
 
     def act(observation: np.ndarray, first: bool) -> tuple[np.ndarray, Any]:
+        if first:  # after the reset: the trainer stands at inner step 0
+            controller.begin(instance, env.trainer)
         progress = env.trainer.inner_step / env.trainer.settings.total_steps
         return np.empty(0), env.step_multipliers(
             controller.multipliers(progress, None if first else env.telemetry)

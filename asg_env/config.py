@@ -1,5 +1,6 @@
 """Typed settings, and the only place that reads YAML."""
 
+import inspect
 import math
 import re
 from collections.abc import Hashable, Mapping
@@ -19,13 +20,14 @@ from pydantic import (
 from asg_env.actions import GRIDS, ActionName, GridName
 from asg_env.core.augmentation import AugmentationName
 from asg_env.core.evaluation import Metric
+from asg_env.core.guidance import TERMS, Weighted
 from asg_env.core.numerics import Precision
-from asg_env.core.objectives import GUIDANCE_TERMS
 from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
 from asg_env.core.trainer import TrainerSettings
 from asg_env.instances import InstanceSet, InstanceSplit
 from asg_env.observations import ObservationName
 from asg_env.rewards import DEFAULT_REWARD, REWARD_TERMS
+from asg_env.user_code import absolute, is_user_code, load
 from asg_env.windows import WindowMode, constant_windows, growing_windows
 
 DEFAULT_KL_WEIGHT = 0.1  # the original's, for VisDA-17
@@ -65,11 +67,53 @@ def _reward(value: Any) -> Any:
 
 
 def _guidance(value: Any) -> Any:
-    weights = _named_weights(value, GUIDANCE_TERMS, "guidance term")
-    for name, weight in weights.items():
-        if weight < 0:
-            raise ValueError(f"must map '{name}' to a weight >= 0, got {weight}")
-    return weights
+    """Accept a name, or names to weights, or to mappings of `weight`, `cap` and options."""
+    if isinstance(value, str):
+        value = {value: 1.0}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a name or a mapping of names to weights, got {value!r}")
+    entries: dict[str, Any] = {}
+    for name, entry in value.items():
+        asked = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
+        if not isinstance(name, str) or (name not in TERMS and not is_user_code(name)):
+            raise ValueError(
+                f"must name guidance terms of {', '.join(TERMS)}, or FILE.py:NAME, got '{name}'"
+            )
+        if is_user_code(name):
+            name = absolute(name)
+        _guidance_entry(name, asked)
+        short = isinstance(entry, Mapping) and set(asked) != {"weight"}
+        entries[name] = asked if short else float(asked["weight"])
+    labels = [term_label(name) for name in entries]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"must name each term once, got {', '.join(labels)}")
+    return entries
+
+
+def _guidance_entry(name: str, asked: dict[str, Any]) -> None:
+    if "weight" not in asked:
+        raise ValueError(f"must give '{name}' a weight, got {asked}")
+    for key, bound in (("weight", ">= 0"), ("cap", "> 0")):
+        number = asked.get(key, 1.0)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"must map '{name}' to a {key} that is a number, got {number!r}")
+        if not math.isfinite(number):
+            raise ValueError(f"must map '{name}' to a finite {key}, got {number}")
+        if number < 0 or (key == "cap" and number == 0):
+            raise ValueError(f"must map '{name}' to a {key} {bound}, got {number}")
+        if key in asked:
+            asked[key] = float(number)
+    build = load(name) if is_user_code(name) else TERMS[name]
+    known = [p.name for p in inspect.signature(build).parameters.values()][1:]
+    unknown = sorted(set(asked) - {"weight", "cap", *known}, key=str)
+    if unknown:
+        options = ", ".join(["weight", "cap", *known])
+        raise ValueError(f"must give '{name}' keys of {options}, got '{unknown[0]}'")
+
+
+def term_label(name: str) -> str:
+    """Return what a guidance term is called in observations, `info` and tables."""
+    return name.rpartition(":")[2]
 
 
 def _inner_steps(value: Any) -> Any:
@@ -107,7 +151,7 @@ class EnvSettings(Settings):
     outer_valid_size: Annotated[int, Field(ge=1)] | None = None  # [images], 500 or all there are
     metric: Metric = "accuracy"
     flip_average: bool = False
-    guidance: Annotated[dict[str, float], BeforeValidator(_guidance)] | None = None
+    guidance: Annotated[dict[str, Any], BeforeValidator(_guidance)] | None = None
     kl_weight: Annotated[float, Field(ge=0)] | None = None
     optimizer: OptimizerName = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # 0.9 with sgd
@@ -145,10 +189,12 @@ class EnvSettings(Settings):
                 f"`momentum_form` must be pytorch with optimizer {self.optimizer}, got "
                 f"{self.momentum_form}; scaled velocity is a form of SGD"
             )
-        if self.optimizer != "sgd" and self.momentum is not None:
+        if self.optimizer not in ("sgd", "schedule-free") and self.momentum is not None:
             raise ValueError(
                 f"`momentum` is used by sgd only, got optimizer {self.optimizer}; leave it out"
             )
+        if self.optimizer == "schedule-free" and self.momentum == 0:
+            raise ValueError("`momentum` must be > 0 with optimizer schedule-free, got 0")
         if self.action == "relative" and self.start_multiplier not in GRIDS[self.grid]:
             raise ValueError(
                 f"`start_multiplier` must be a level of the {self.grid} grid "
@@ -164,11 +210,18 @@ class EnvSettings(Settings):
             return growing_windows(self.inner_steps, self.steps_per_epoch, self.epochs)
         return constant_windows(self.inner_steps, self.horizon or 15)
 
-    def guidance_weights(self) -> dict[str, float]:
-        """Guidance terms to weights."""
-        if self.guidance is not None:
-            return self.guidance
-        return {"kl": DEFAULT_KL_WEIGHT if self.kl_weight is None else self.kl_weight}
+    def guidance_terms(self) -> dict[str, Weighted]:
+        """Guidance terms of the objective, by what they are called in `info`."""
+        asked = self.guidance
+        if asked is None:
+            asked = {"kl": DEFAULT_KL_WEIGHT if self.kl_weight is None else self.kl_weight}
+        terms = {}
+        for name, entry in asked.items():
+            options = dict(entry) if isinstance(entry, dict) else {"weight": entry}
+            weight, cap = options.pop("weight"), options.pop("cap", None)
+            build = load(name) if is_user_code(name) else TERMS[name]
+            terms[term_label(name)] = Weighted(build, weight, cap, options)
+        return terms
 
     def trainer_settings(self) -> TrainerSettings:
         """The part that the inner trainer uses."""

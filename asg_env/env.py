@@ -1,5 +1,6 @@
 """The environment: one env step trains the optimizee for a window at the agent's multipliers."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from gymnasium.error import ResetNeeded
 
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.core.guidance import GuidanceError
 from asg_env.core.layer_groups import effective_lrs
-from asg_env.core.optimizers import lr_factor
+from asg_env.core.optimizers import ONE_RATE, lr_factor
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
 from asg_env.instances import Instance, draw_instance, published_test_instances
@@ -82,13 +84,20 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
                 f"`render_mode` must be one of {self.metadata['render_modes']} or None, got "
                 f"{render_mode!r}; leave it out"
             )
+        if settings.optimizer in ONE_RATE:
+            raise ConfigError(
+                "`optimizer` must take a rate for each layer group, got "
+                f"{settings.optimizer}, which takes one for all; use it in asg fit or asg compare"
+            )
         self.render_mode = render_mode
         self.settings = settings
         self.task_id = task
         self.trainer = build_trainer(task, settings)
         groups = self.trainer.layer_groups
         self._action = ACTIONS[settings.action](settings.grid, len(groups))
-        self._observation = Observation(settings.observation, groups, settings.grid)
+        self._observation = Observation(
+            settings.observation, groups, settings.grid, self.trainer.guidance.extra
+        )
         self._reward = Reward(settings.reward)
         self._windows = settings.windows()
         self._measured = tuple(
@@ -280,6 +289,10 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
             "inner_step": self.trainer.inner_step,
             "loss/ce": bounded_loss(self._telemetry.ce),
             "loss/kl": bounded_loss(self._telemetry.kl),
+            **{
+                f"loss/{term}": value if math.isfinite(value) else LOSS_BOUND
+                for term, value in self._telemetry.guidance.items()
+            },
             "diverged": self._telemetry.diverged,
             "cause": self._telemetry.cause,
         }
@@ -341,9 +354,11 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
             task.layer_groups,
             splits,
             settings.trainer_settings(),
-            settings.guidance_weights(),
+            settings.guidance_terms(),
             device,
         )
+    except GuidanceError as error:
+        raise ConfigError(f"`guidance` cannot be built: {error}; set env.guidance") from None
     except ValueError as error:  # layer groups that do not cover the network
         raise ConfigError(f"`layer_groups` must fit the network: {error}") from None
 

@@ -26,12 +26,20 @@ class Observation:
     `scaled`: log CE, its change since the last window, log KL, progress, and each group's
     position on the grid, all about [-1, 1].
 
-    `extended`: `scaled`, then the log of the inner_valid loss, and per group the log of gradient
-    norm, of drift from the pretrained weights and of update-to-weight ratio.
+    `extended`: `scaled`, then the log of the inner_valid loss and of every guidance term other
+    than KL, and per group the log of gradient norm, of drift from the pretrained weights and of
+    update-to-weight ratio.
     """
 
-    def __init__(self, name: ObservationName, layer_groups: Sequence[str], grid: GridName) -> None:
+    def __init__(
+        self,
+        name: ObservationName,
+        layer_groups: Sequence[str],
+        grid: GridName,
+        terms: Sequence[str] = (),
+    ) -> None:
         self.name = name
+        self._terms = tuple(terms)
         self._grid: GridName = grid
         self.needs_inner_valid = name == "extended"
         per_group = {
@@ -42,7 +50,8 @@ class Observation:
         shared = {
             "asg": ("ce", "kl", "progress", "head_mean", "head_std"),
             "scaled": ("log_ce", "log_ce_change", "log_kl", "progress"),
-            "extended": ("log_ce", "log_ce_change", "log_kl", "progress", "log_inner_valid_loss"),
+            "extended": ("log_ce", "log_ce_change", "log_kl", "progress", "log_inner_valid_loss")
+            + tuple(f"log_{term}" for term in terms),
         }[name]
         self.labels = shared + tuple(
             f"{quantity}/{group}" for quantity in per_group for group in layer_groups
@@ -87,7 +96,8 @@ class Observation:
                 grown = (inner_valid_loss, *telemetry.grad_norms)
                 log_loss, *log_grad_norms = _scaled_log(grown, 1e-3, 4)
                 moved = 1 + _scaled_log((*telemetry.drifts, *telemetry.update_ratios), 1e-4, 5)
-                values = np.array([*shared, log_loss, *positions, *log_grad_norms, *moved])
+                held = _scaled_log([telemetry.guidance[term] for term in self._terms], 1e-4, 5)
+                values = np.array([*shared, log_loss, *held, *positions, *log_grad_norms, *moved])
         values = np.where(np.isnan(values), np.inf, values)
         return np.asarray(np.clip(values, self.space.low, self.space.high), dtype=np.float32)
 

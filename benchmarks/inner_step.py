@@ -43,7 +43,7 @@ class BareLoop:
         """Train window by window; with `validate` score outer_valid first and after each."""
         trainer, settings = self._trainer, self._trainer.settings
         model, train = trainer.optimizee, trainer.splits["train"]
-        weight, labels = trainer.guidance["kl"], train.known_labels()
+        weight, labels = trainer.guidance.weighted["kl"].weight, train.known_labels()
         model.load_state_dict(self._start)
         optimizer = torch.optim.SGD(
             build_param_groups(model, trainer.patterns, settings.base_lr * MULTIPLIER),

@@ -1,14 +1,15 @@
-"""One pass over a split: which images are right, accuracy, mean per-class recall, loss."""
+"""One pass over a split: predictions, accuracy, mean per-class recall, loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from asg_env.core.data import Split
-from asg_env.core.objectives import accuracy_counts, task_loss
+from asg_env.core.objectives import task_loss
 
 Metric = Literal["accuracy", "mean_recall"]
 
@@ -25,12 +26,30 @@ class Evaluation:
         mean_recall: Mean over classes of the share of the class's images classified rightly.
         loss: Cross-entropy of that head, mean over images, nats.
         correct: Per image, shape (N,), bool, on the CPU.
+        predicted: Class that is predicted per image, shape (N,), int64, on the CPU; -1, which is
+            never right, where a score is not finite: argmax would call such images class 0.
+        logits: Logits of the images and, with `flip_average`, of their mirror images; each of
+            shape (N, C), float32, on the device, whose memory they hold.
     """
 
     accuracy: float
     mean_recall: float
     loss: float
     correct: Tensor
+    predicted: Tensor
+    logits: tuple[Tensor, ...]
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """Softmax probability of the predicted class, shape (N,), float32, on the CPU.
+
+        With `flip_average` the mean of that class's probabilities for an image and its mirror
+        image, though the sigmoids chose the class. 0 where a score is not finite. Computed when
+        first asked for: a pass after every env step should not pay for it.
+        """
+        winner = self.predicted.to(self.logits[0].device).clamp(min=0)[:, None]
+        each = [logits.softmax(dim=1).gather(1, winner)[:, 0] for logits in self.logits]
+        return torch.stack(each).mean(dim=0).cpu().where(self.predicted >= 0, 0)
 
     def score(self, metric: Metric) -> float:
         """Return the figure called `metric`."""
@@ -52,21 +71,24 @@ def evaluate_split(
         ValueError: The split has no labels.
     """
     labels = data.known_labels()
-    logits = forward_all(data, forward)
+    logits = scores = forward_all(data, forward)
+    passes: tuple[Tensor, ...] = (logits,)
+    finite = _finite_rows(logits)
     if flip_average:
         mirrored = forward_all(data, lambda images: forward(images.flip(3)))
-        scores = (logits.sigmoid() + mirrored.sigmoid()) / 2
+        passes = (logits, mirrored)
         # The sigmoid of an infinite logit is finite.
-        finite = (logits.isfinite() & mirrored.isfinite()).all(dim=1)
-        correct = accuracy_counts(scores, labels) & finite
-    else:
-        correct = accuracy_counts(logits, labels)
+        finite &= _finite_rows(mirrored)
+        scores = (logits.sigmoid() + mirrored.sigmoid()) / 2
+    predicted = scores.argmax(dim=1).where(finite, -1)
+    correct = predicted == labels
     per_image = recall_weights(labels, logits.shape[1])
     numbers = torch.stack(
         (correct.float().mean(), (correct * per_image).sum(), task_loss(logits, labels))
     )
     accuracy, recall, loss = numbers.tolist()
-    return Evaluation(accuracy, recall, loss, correct.cpu())
+    rows = torch.stack((correct, predicted)).cpu()  # one copy from the device for both
+    return Evaluation(accuracy, recall, loss, rows[0].bool(), rows[1], passes)
 
 
 def recall_weights(labels: Tensor, classes: int) -> Tensor:
@@ -92,3 +114,8 @@ def forward_all(data: Split, forward: Callable[[Tensor], Tensor]) -> Tensor:
     batch = max(SMALLEST_BATCH, min(LARGEST_BATCH, PIXELS // (height * width)))
     parts = [slice(start, start + batch) for start in range(0, len(data), batch)]
     return torch.cat([forward(data.batch(part)) for part in parts])
+
+
+def _finite_rows(logits: Tensor) -> Tensor:
+    # A maximum hands on NaN; for few columns this takes half the time of isfinite().all(dim=1).
+    return logits.abs().amax(dim=1).isfinite()

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw", "prodigy", "schedule-free"]
 MomentumForm = Literal["pytorch", "scaled-velocity"]
 LRFactor = Literal["constant", "warmup-poly"]
+
+ONE_RATE: tuple[OptimizerName, ...] = ("prodigy",)  # refuse different rates per layer group
 
 
 def build_optimizer(
@@ -22,16 +24,26 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the named optimizer over the given parameter groups.
 
+    `prodigy` (Mishchenko and Defazio, 2024) estimates its own step length, which `lr` scales:
+    1 is its authors' value. Its step raises RuntimeError where groups have different rates,
+    save 0. `schedule-free` is the SGD of Defazio et al. (2024). It is returned in train mode:
+    the parameters hold the points where gradients are taken, and the averaged weights, which
+    are those to evaluate, are there between its `eval()` and `train()`. A rate of 0 stops its
+    steps, not the averaging.
+
     Args:
         param_groups: One per layer group, with `lr` set.
-        name: `sgd`, `adam` or `adamw` (the latter two at PyTorch's betas).
-        momentum: Dimensionless, for `sgd` only.
+        name: `sgd`, `adam` or `adamw` (the latter two at PyTorch's betas), `prodigy` or
+            `schedule-free`.
+        momentum: Dimensionless, for `sgd` and `schedule-free`, which needs one > 0.
         momentum_form: `pytorch` keeps raw gradients in the buffer and scales the whole buffer
             by today's rate; `scaled-velocity` is the original's (see `ScaledVelocitySGD`).
-        weight_decay: Coefficient of the L2 term (decoupled for `adamw`).
-        fused: PyTorch's fused kernels, for CUDA; else its multi-tensor ones.
+        weight_decay: Coefficient of the L2 term (decoupled for `adamw` and `prodigy`).
+        fused: PyTorch's fused kernels, for CUDA; else its multi-tensor ones. Not for `prodigy`
+            and `schedule-free`, which have their own.
 
     Raises:
+        ImportError: The optimizer's package is not installed.
         ValueError: `scaled-velocity` was asked of an optimizer other than `sgd`.
     """
     if name == "sgd":
@@ -53,8 +65,47 @@ def build_optimizer(
         return torch.optim.Adam(
             param_groups, weight_decay=weight_decay, fused=fused, foreach=not fused
         )
+    if name == "prodigy":
+        return _prodigy(param_groups, weight_decay)
+    if name == "schedule-free":
+        return _schedule_free(param_groups, momentum, weight_decay)
     return torch.optim.AdamW(
         param_groups, weight_decay=weight_decay, fused=fused, foreach=not fused
+    )
+
+
+def _prodigy(param_groups: list[dict[str, Any]], weight_decay: float) -> Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise _missing("prodigy", "prodigyopt", error) from None
+    # Per group: given as an argument, it makes the package print a line for every optimizer.
+    optimizer: Optimizer = Prodigy(
+        [{**group, "weight_decay": weight_decay} for group in param_groups]
+    )
+    return optimizer
+
+
+def _schedule_free(
+    param_groups: list[dict[str, Any]], momentum: float, weight_decay: float
+) -> Optimizer:
+    try:
+        from schedulefree import SGDScheduleFree
+    except ImportError as error:
+        raise _missing("schedule-free", "schedulefree", error) from None
+    optimizer = SGDScheduleFree(
+        param_groups, momentum=momentum, weight_decay=weight_decay, warmup_steps=0
+    )
+    optimizer.train()
+    built: Optimizer = optimizer
+    return built
+
+
+def _missing(name: OptimizerName, package: str, error: ImportError) -> ImportError:
+    if error.name != package:  # it is there, but something that it needs is not
+        return error
+    return ImportError(
+        f"optimizer '{name}' needs the package {package}; pip install 'asg-env[rivals]'"
     )
 
 

@@ -1,8 +1,8 @@
 """What a window of inner steps reports, gathered with one host synchronisation."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ class Telemetry:
     Attributes:
         ce: Cross-entropy of the new head, mean over the window's steps, nats.
         kl: KL(teacher || student), unweighted, mean over the window's steps, nats.
+        guidance: Name of each further guidance term to its value, unweighted, mean over the
+            window's steps.
         objective: CE plus weighted guidance, mean over the window's steps.
         head_mean: Mean of the head's last weight matrix, averaged over the steps.
         head_std: Its standard deviation (unbiased), averaged over the steps.
@@ -22,6 +24,10 @@ class Telemetry:
         drifts: Relative L2 distance ||w - w0|| / ||w0|| from the start of training, (G,). For
             the head, w0 is its initial draw.
         update_ratios: ||w_end - w_start|| / ||w_end|| over the window, (G,).
+        weight_norms: ||w_end||, (G,).
+        alignments: Cosine between the window's displacement and the last step's negative
+            gradient, (G,): positive where going on in that direction would still lower the
+            objective. 0 where either is 0.
         diverged: A loss, gradient norm or weight was not finite.
         cause: Which one, in words; "" if none.
     """
@@ -34,8 +40,11 @@ class Telemetry:
     grad_norms: tuple[float, ...]
     drifts: tuple[float, ...]
     update_ratios: tuple[float, ...]
+    weight_norms: tuple[float, ...]
+    alignments: tuple[float, ...]
     diverged: bool
     cause: str
+    guidance: Mapping[str, float] = field(default_factory=dict)
 
 
 class WindowRecorder:
@@ -62,11 +71,38 @@ class WindowRecorder:
         """Remember the weights as those at the start of the window."""
         torch.cat(self._weights, out=self._stepped)
 
-    def report(self, steps: Sequence[Tensor]) -> Telemetry:
+    def report_before_training(self, step: Sequence[Tensor], terms: Sequence[str]) -> Telemetry:
+        """Report on losses before any inner step: nothing has moved, norms are 0.
+
+        Args:
+            step: As one inner step of `report`.
+            terms: As there.
+        """
+        ce, kl, objective, head_mean, head_std, *extra = torch.stack(list(step)).tolist()
+        zeros = (0.0,) * len(self._sizes)
+        return Telemetry(
+            ce=ce,
+            kl=kl,
+            objective=objective,
+            head_mean=head_mean,
+            head_std=head_std,
+            grad_norms=zeros,
+            drifts=zeros,
+            update_ratios=zeros,
+            weight_norms=zeros,
+            alignments=zeros,
+            diverged=False,
+            cause="",
+            guidance=dict(zip(terms, extra, strict=True)),
+        )
+
+    def report(self, steps: Sequence[Tensor], terms: Sequence[str] = ()) -> Telemetry:
         """Reduce the window to its report; the `.tolist()` below is its one host sync.
 
         Args:
-            steps: Per inner step its ce, kl, objective, head mean and head std, one after another.
+            steps: Per inner step its ce, kl, objective, head mean, head std and the value of each
+                further guidance term, one after another.
+            terms: Names of those terms.
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         torch.cat(self._weights, out=self._now)
@@ -75,12 +111,13 @@ class WindowRecorder:
         torch.sub(self._now, self._stepped, out=self._stepped)
         parts = self._rows.split(self._sizes, dim=1)
         norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
-        means = torch.stack(list(steps)).view(-1, 5).mean(dim=0)
-        numbers = torch.cat([means, norms.flatten()]).tolist()
-        ce, kl, objective, head_mean, head_std = numbers[:5]
+        dots = torch.stack([torch.dot(part[1], part[4]) for part in parts])
+        means = torch.stack(list(steps)).view(-1, 5 + len(terms)).mean(dim=0)
+        numbers = torch.cat([means, norms.flatten(), dots]).tolist()
+        ce, kl, objective, head_mean, head_std, *extra = numbers[: len(means)]
         groups = len(self._sizes)
-        weights, grad_norms, initial, moved, stepped = (
-            tuple(numbers[5 + groups * i : 5 + groups * (i + 1)]) for i in range(5)
+        weights, grad_norms, initial, moved, stepped, products = (
+            tuple(numbers[len(means) + groups * i :][:groups]) for i in range(6)
         )
         cause = ""
         if not all(map(math.isfinite, (ce, kl, objective))):
@@ -98,8 +135,14 @@ class WindowRecorder:
             grad_norms=grad_norms,
             drifts=tuple(m / max(n, 1e-12) for m, n in zip(moved, initial, strict=True)),
             update_ratios=tuple(s / max(n, 1e-12) for s, n in zip(stepped, weights, strict=True)),
+            weight_norms=weights,
+            alignments=tuple(
+                -dot / max(g * s, 1e-24)
+                for dot, g, s in zip(products, grad_norms, stepped, strict=True)
+            ),
             diverged=bool(cause),
             cause=cause,
+            guidance=dict(zip(terms, extra, strict=True)),
         )
 
 

@@ -1,8 +1,8 @@
 """The inner trainer: trains one optimizee window by window at given multipliers."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asg_env.core.augmentation import Augmentation, AugmentationName
 from asg_env.core.data import DataOrder, HostImages, Split, place, to_device
 from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all
+from asg_env.core.guidance import IMPORTANCE_SEED, TERMS, Guidance, Pretrained, Step, Term, Weighted
 from asg_env.core.layer_groups import (
     GroupPatterns,
     build_param_groups,
@@ -20,7 +21,7 @@ from asg_env.core.layer_groups import (
     split_parameters,
 )
 from asg_env.core.numerics import Precision, autocast, kernels
-from asg_env.core.objectives import accuracy_counts, kl_to_teacher, objective, task_loss
+from asg_env.core.objectives import accuracy_counts, kl_to_teacher, task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.optimizers import (
     LRFactor,
@@ -30,7 +31,7 @@ from asg_env.core.optimizers import (
     lr_factor,
 )
 from asg_env.core.seeding import derive_seed, torch_generator
-from asg_env.core.teacher import Teacher
+from asg_env.core.teacher import LayerOutputs, Teacher
 from asg_env.core.telemetry import Telemetry, WindowRecorder
 
 
@@ -69,11 +70,24 @@ class Trainer:
         patterns: GroupPatterns,
         splits: Mapping[str, Split],
         settings: TrainerSettings,
-        guidance: Mapping[str, float],
+        guidance: Mapping[str, float | Weighted],
         device: torch.device,
     ) -> None:
+        """Prepare everything that does not change from training to training.
+
+        Args:
+            optimizee: The network, at its pretrained weights.
+            patterns: Layer groups.
+            splits: Images by split; `train` is needed.
+            settings: How it is trained.
+            guidance: See `guide`.
+            device: Where it is trained.
+
+        Raises:
+            ValueError: The layer groups do not cover the network.
+            GuidanceError: As `guide`.
+        """
         self.settings = settings
-        self.guidance = dict(guidance)
         self.layer_groups = tuple(patterns)
         self.patterns = patterns
         self.optimizee = optimizee.to(device)
@@ -88,7 +102,45 @@ class Trainer:
         if settings.augmentation != "none":
             height, width = self.splits["train"].images.shape[2:]
             self._augmentation = Augmentation(settings.augmentation, (height, width))
+        self._outputs = LayerOutputs(self.optimizee.backbone)
+        self._terms: dict[str, Term] = {}
+        self.guide(guidance)
         self.reset(head_seed=0, data_seed=0)
+
+    def guide(self, guidance: Mapping[str, float | Weighted]) -> None:
+        """Set the guidance terms of the objective; those built before are kept.
+
+        Args:
+            guidance: Name of a term to its weight in the objective, or to a `Weighted`.
+
+        Raises:
+            GuidanceError: A term cannot be built with its options.
+        """
+        weighted = {
+            name: asked if isinstance(asked, Weighted) else Weighted(TERMS[name], asked)
+            for name, asked in guidance.items()
+        }
+        order = DataOrder(
+            len(self.splits["train"]),
+            self.settings.batch_size,
+            derive_seed(IMPORTANCE_SEED, "guidance"),
+            torch.device("cpu"),
+        )
+        pretrained = Pretrained(
+            self.optimizee,
+            self._teacher,
+            self._outputs,
+            lambda number: self.splits["train"].batch(order.indices(number)),
+        )
+        built = {}
+        for name, term in weighted.items():
+            # Importances take a while: the same term with another weight is not built again.
+            key = f"{name} {sorted(term.options.items())}"
+            if key not in self._terms:
+                with self._kernels():
+                    self._terms[key] = term.build(pretrained, **term.options)
+            built[name] = self._terms[key]
+        self.guidance = Guidance(weighted, built)
 
     def reset(self, head_seed: int, data_seed: int, base_lr_scale: float = 1.0) -> None:
         """Go back to inner step 0: pretrained backbone, fresh head, empty optimizer state.
@@ -140,26 +192,26 @@ class Trainer:
         records: list[Tensor] = []
         with self._kernels():
             for _ in range(steps):
-                ce, kl, loss = self._losses([self.inner_step])
+                ce, kl, loss, extra = self._losses([self.inner_step])
                 self._optimizer.zero_grad()
                 loss.backward()
                 if rates_vary:
                     self._set_rates(multipliers)
                 self._optimizer.step()
                 std, mean = torch.std_mean(head_weight.detach())
-                records += (ce.detach(), kl.detach(), loss.detach(), mean, std)
+                records += (ce.detach(), kl.detach(), loss.detach(), mean, std, *extra)
                 self.inner_step += 1
-        return self._recorder.report(records)
+        return self._recorder.report(records, self.guidance.extra)
 
     @torch.no_grad()
     def initial_report(self, batches: int) -> Telemetry:
         """Report on the first `batches` training batches, no step taken; norms are 0."""
         with self._kernels():
-            losses = self._losses(range(batches))
-        numbers = torch.stack((*losses, *torch.std_mean(self.optimizee.head_weight()))).tolist()
-        ce, kl, loss, head_std, head_mean = numbers
-        zeros = (0.0,) * len(self.layer_groups)
-        return Telemetry(ce, kl, loss, head_mean, head_std, zeros, zeros, zeros, False, "")
+            ce, kl, loss, extra = self._losses(range(batches))
+        std, mean = torch.std_mean(self.optimizee.head_weight())
+        return self._recorder.report_before_training(
+            (ce, kl, loss, mean, std, *extra), self.guidance.extra
+        )
 
     @torch.no_grad()
     def evaluate(self, split: str) -> Evaluation:
@@ -169,7 +221,7 @@ class Trainer:
             ValueError: The split has no labels.
         """
         head = self.optimizee.old_head if split == "old_task" else self.optimizee.head
-        with self._kernels():
+        with self._judged():
             return evaluate_split(
                 self.splits[split], self._through(head), self.settings.flip_average
             )
@@ -178,7 +230,7 @@ class Trainer:
     def agreement(self, split: str) -> float:
         """Share of images on which the old head predicts what the teacher predicts; no label."""
         data = self.splits[split]
-        with self._kernels():
+        with self._judged():
             predicted = self._teacher.of_split(split, data).argmax(dim=1)
             agreed = accuracy_counts(
                 forward_all(data, self._through(self.optimizee.old_head)), predicted
@@ -195,6 +247,16 @@ class Trainer:
         if self.splits["old_task"].labels is None:
             return self.agreement("old_task")
         return self.evaluate("old_task").accuracy
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the network's tensors by name, as they are to be judged and saved."""
+        with self._judged():
+            return {name: t.clone() for name, t in self.optimizee.state_dict().items()}
+
+    def features(self, split: str) -> Tensor:
+        """Return what the heads read of each image of a split, float32, shape (N, F)."""
+        with torch.no_grad(), self._judged():
+            return forward_all(self.splits[split], self._through(nn.Flatten(1)))
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that the next inner step depends on, as an independent copy."""
@@ -221,11 +283,30 @@ class Trainer:
         factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
         set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
 
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Stand at the weights to be judged: schedule-free training takes its steps elsewhere."""
+        switch = getattr(self._optimizer, "eval", None)
+        if switch is None:
+            with self._kernels():
+                yield
+            return
+        weights = [p for group in self._optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in weights]
+        switch()
+        try:
+            with self._kernels():
+                yield
+        finally:
+            self._optimizer.train()  # type: ignore[attr-defined]
+            with torch.no_grad():  # the way back is exact to rounding only
+                torch._foreach_copy_(weights, before)
+
     def _kernels(self) -> AbstractContextManager[None]:
         return kernels(self.settings.deterministic, self._device)
 
-    def _losses(self, steps: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """CE, KL and objective on the batches of these inner steps, taken as one batch."""
+    def _losses(self, steps: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """CE, KL, objective and further terms on the batches of these steps, taken as one."""
         train = self.splits["train"]
         batches = [self._batch(step) for step in steps]
         images, index = (
@@ -239,7 +320,19 @@ class Trainer:
             teacher = self._teacher.log_probs(images)
         ce = task_loss(logits.float(), train.known_labels()[index])
         kl = kl_to_teacher(teacher, old_logits.float())
-        return ce, kl, objective(ce, kl, self.guidance)
+        values = self.guidance.values(
+            Step(kl, teacher, old_logits.float(), lambda layer: self._taught(layer, images, index))
+        )
+        extra = [values[name].detach() for name in self.guidance.extra]
+        return ce, kl, self.guidance.objective(ce, values), extra
+
+    def _taught(self, layer: str, images: Tensor, index: Tensor) -> Tensor:
+        """Return a watched layer's output in the teacher, remembered where that can be."""
+        if self._augmentation is None:
+            known = self._teacher.features_of_split("train", self.splits["train"], layer)
+            if known is not None:
+                return known[index]
+        return self._teacher.features(layer, images)
 
     def _batch(self, inner_step: int) -> tuple[Tensor, Tensor]:
         """Images of an inner step, normalised, and where they stand in the split."""

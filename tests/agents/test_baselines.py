@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,11 @@ from asg_env.instances import Instance
 INSTANCE = Instance("ASG/Digits-v0", 0, 0)
 
 
+def trainer(groups):
+    """Stands in for a trainer: a hand-made controller reads no more than its layer groups."""
+    return SimpleNamespace(layer_groups=tuple(f"group-{g}" for g in range(groups)))
+
+
 def report(objective: float) -> Telemetry:
     zeros = (0.0,) * 3
     return Telemetry(
@@ -33,6 +39,8 @@ def report(objective: float) -> Telemetry:
         grad_norms=zeros,
         drifts=zeros,
         update_ratios=zeros,
+        weight_norms=zeros,
+        alignments=zeros,
         diverged=False,
         cause="",
     )
@@ -40,7 +48,7 @@ def report(objective: float) -> Telemetry:
 
 def multipliers_under(controller, objectives, groups=3):
     """The first group's multiplier before the first window and after each objective."""
-    controller.begin(INSTANCE, groups)
+    controller.begin(INSTANCE, trainer(groups))
     rows = [controller.multipliers(0.0, None)]
     rows += [controller.multipliers(0.5, report(objective)) for objective in objectives]
     assert all(len(row) == groups and len(set(row)) == 1 for row in rows)
@@ -65,7 +73,7 @@ def test_layer_decay_shrinks_towards_the_input():
 
 def test_static_refuses_another_number_of_groups():
     with pytest.raises(ValueError, match="a static vector needs 5 multipliers"):
-        Static((0.1, 0.2)).begin(INSTANCE, 5)
+        Static((0.1, 0.2)).begin(INSTANCE, trainer(5))
 
 
 def test_known_scale_divides_by_the_hidden_scale_and_clips():
@@ -78,20 +86,20 @@ def test_known_scale_divides_by_the_hidden_scale_and_clips():
         (False, slow, (0.4, 2.0, 0.0)),
     ):
         controller = KnownScale(vector, clip)
-        controller.begin(instance, 3)
+        controller.begin(instance, trainer(3))
         assert tuple(controller.multipliers(0.5, None)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
 def test_cosine_falls_from_its_top_to_zero(progress, share):
     controller = Cosine(0.3)
-    controller.begin(INSTANCE, 2)
+    controller.begin(INSTANCE, trainer(2))
     assert controller.multipliers(progress, None) == pytest.approx([0.3 * share] * 2, abs=1e-12)
 
 
 def test_cosine_at_a_third_is_three_quarters():
     controller = Cosine(1.0)
-    controller.begin(INSTANCE, 1)
+    controller.begin(INSTANCE, trainer(1))
     assert controller.multipliers(1 / 3, None) == pytest.approx([0.75])
 
 
@@ -133,7 +141,7 @@ def test_families_have_valid_candidates_for_any_number_of_groups(family, groups)
     candidates = FAMILIES[family](groups)
     assert len(candidates) >= 6
     for name, controller in candidates.items():
-        controller.begin(INSTANCE, groups)
+        controller.begin(INSTANCE, trainer(groups))
         telemetry = None
         for progress, objective in ((0.0, 2.0), (0.5, 3.0), (0.9, math.nan)):
             values = list(controller.multipliers(progress, telemetry))

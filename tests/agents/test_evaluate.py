@@ -257,7 +257,7 @@ def test_rows_divide_the_scale_known_vector_by_each_instances_scale(rows):
     vector = [float(m) for m in row.setting.strip("()").split(",")]
     for result in row.results[0]:
         controller = KnownScale(tuple(vector), clip=False)
-        controller.begin(result.episode.instance, 5)
+        controller.begin(result.episode.instance, SimpleNamespace(layer_groups=range(5)))
         np.testing.assert_allclose(
             result.episode.multipliers[0], controller.multipliers(0.0, None), rtol=1e-6
         )

@@ -330,7 +330,7 @@ def test_visda17_asg_is_the_originals_decision_process():
     assert len(windows) == 67  # the warm-start window and 66 decisions
     assert windows[:10] == (10, 10, 20, 40, 80, 160, 320, 640, 1280, 2203)
     assert sum(windows) == 4763 * 30
-    assert settings.guidance_weights() == {"kl": 0.1}
+    assert settings.guidance_terms()["kl"].weight == 0.1
 
 
 def test_import_for_visda17_asks_for_the_images(fails, save):

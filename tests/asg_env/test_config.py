@@ -20,7 +20,7 @@ def test_settings_have_the_documented_defaults():
     default = settings()
 
     assert default.windows() == (10,) * 15
-    assert default.guidance_weights() == {"kl": 0.1}
+    assert weights() == {"kl": 0.1}
     assert default.reward == {"gain": 1.0}
     assert (default.action, default.grid, default.start_multiplier) == ("relative", "log", 0.01)
     assert (default.instances, default.split, default.observation) == ("fixed", "train", "scaled")
@@ -123,7 +123,10 @@ def test_settings_name_the_known_rewards_when_one_is_unknown():
 
 @pytest.mark.parametrize("guidance", ["l2", {"l2": 0.1}])
 def test_settings_name_the_known_guidance_when_one_is_unknown(guidance):
-    assert "`guidance` must name a guidance term of kl, got 'l2'" in refusal(guidance=guidance)
+    assert (
+        "`guidance` must name guidance terms of kl, weight_l2, l2_sp, feature_l2, si, ewc, or "
+        "FILE.py:NAME, got 'l2'"
+    ) in refusal(guidance=guidance)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,19 @@ def test_settings_name_the_known_guidance_when_one_is_unknown(guidance):
         ({"reward": {"gain": "1"}}, "`reward` must map 'gain' to a number, got '1'"),
         ({"reward": {"gain": True}}, "`reward` must map 'gain' to a number, got True"),
         ({"reward": {"gain": math.nan}}, "`reward` must map 'gain' to a finite number, got nan"),
-        ({"guidance": {"kl": -1}}, "`guidance` must map 'kl' to a weight >= 0, got -1.0"),
-        ({"guidance": {"kl": math.inf}}, "`guidance` must map 'kl' to a finite number, got inf"),
+        ({"guidance": {"kl": -1}}, "`guidance` must map 'kl' to a weight >= 0, got -1"),
+        ({"guidance": {"kl": math.inf}}, "`guidance` must map 'kl' to a finite weight, got inf"),
+        ({"guidance": {"si": True}}, "`guidance` must map 'si' to a weight that is a number, got"),
+        ({"guidance": {"kl": {"cap": 9}}}, "`guidance` must give 'kl' a weight, got {'cap': 9}"),
+        (
+            {"guidance": {"kl": {"weight": 1, "cap": 0}}},
+            "`guidance` must map 'kl' to a cap > 0, got 0",
+        ),
+        (
+            {"guidance": {"kl": {"weight": 1, "layer": "a"}}},
+            "`guidance` must give 'kl' keys of weight, cap, temperature, got 'layer'",
+        ),
+        ({"guidance": {"no.py:X": 1}}, "`guidance` must name an existing file, got "),
     ],
 )
 def test_settings_refuse_weights(values, part):
@@ -156,11 +170,39 @@ def test_settings_accept_a_reward_name_or_weights():
     assert settings(reward={"gain": 1, "retention": 0.5}).reward == {"gain": 1.0, "retention": 0.5}
 
 
-def test_settings_accept_guidance_in_three_ways():
-    assert settings(guidance={"kl": 2}).guidance_weights() == {"kl": 2.0}
-    assert settings(kl_weight=2).guidance_weights() == {"kl": 2.0}
-    assert settings(guidance={}).guidance_weights() == {}
-    assert settings(kl_weight=0).guidance_weights() == {"kl": 0.0}
+def weights(**values):
+    return {name: term.weight for name, term in settings(**values).guidance_terms().items()}
+
+
+def test_settings_accept_guidance_in_four_ways():
+    assert weights(guidance={"kl": 2}) == {"kl": 2.0}
+    assert weights(kl_weight=2) == {"kl": 2.0}
+    assert weights(guidance={}) == {}
+    assert weights(kl_weight=0) == {"kl": 0.0}
+    capped = settings(guidance={"kl": {"weight": 75, "cap": 9, "temperature": 2}, "ewc": 1})
+    assert capped.guidance == {"kl": {"weight": 75.0, "cap": 9.0, "temperature": 2}, "ewc": 1.0}
+    term = capped.guidance_terms()["kl"]
+    assert (term.weight, term.cap, term.options) == (75.0, 9.0, {"temperature": 2})
+
+
+def test_settings_name_a_guidance_term_in_a_file_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, pretrained, power=2):\n        pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    found = settings(guidance={"mine.py:Mine": {"weight": 0.5, "power": 3}})
+
+    # The whole path: a run folder is opened from anywhere.
+    assert list(found.guidance) == [f"{tmp_path}/mine.py:Mine"]
+    term = found.guidance_terms()["Mine"]
+    assert (term.build.__name__, term.weight, term.options) == ("Mine", 0.5, {"power": 3})
+    assert "has no such 'Other'" in refusal(guidance={"mine.py:Other": 1})
+    assert "keys of weight, cap, power, got 'size'" in refusal(
+        guidance={"mine.py:Mine": {"weight": 1, "size": 2}}
+    )
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    assert "ends in ZeroDivisionError: division by zero" in refusal(guidance={"broken.py:X": 1})
 
 
 def test_settings_accept_any_start_multiplier_that_is_not_stepped_from():

@@ -17,6 +17,8 @@ TELEMETRY = Telemetry(
     grad_norms=(0.1, 1.0, 2.0),
     drifts=(0.0, 0.01, 0.5),
     update_ratios=(0.0, 0.001, 0.1),
+    weight_norms=(1.0, 2.0, 3.0),
+    alignments=(0.0, 0.5, -0.5),
     diverged=False,
     cause="",
 )
@@ -28,8 +30,8 @@ STEP = {
 }
 
 
-def encode(name, telemetry=TELEMETRY, **changed):
-    observation = Observation(name, GROUPS, "log")
+def encode(name, telemetry=TELEMETRY, terms=(), **changed):
+    observation = Observation(name, GROUPS, "log", terms)
     values = observation.encode(telemetry, **(STEP | changed))
     assert observation.space.contains(values)
     return dict(zip(observation.labels, values.tolist(), strict=True))
@@ -136,7 +138,7 @@ def test_encode_clips_large_values_to_the_space(name):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["asg", "scaled", "extended"])
 def test_encode_is_finite_when_telemetry_is_not(name, bad):
-    broken = Telemetry(*[bad] * 5, *[(bad,) * 3] * 3, True, "a training loss is not finite")
+    broken = Telemetry(*[bad] * 5, *[(bad,) * 3] * 5, True, "a training loss is not finite")
 
     values = encode(name, broken, inner_valid_loss=bad)
 
@@ -147,8 +149,20 @@ def test_encode_is_finite_when_telemetry_is_not(name, bad):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["asg", "scaled", "extended"])
 def test_encode_is_finite_when_losses_are_zero(name):
-    zeros = Telemetry(*[0.0] * 5, *[(0.0,) * 3] * 3, False, "")
+    zeros = Telemetry(*[0.0] * 5, *[(0.0,) * 3] * 5, False, "")
 
     values = encode(name, zeros, previous_ce=0.0, progress=0.0, inner_valid_loss=0.0)
 
     assert all(map(math.isfinite, values.values()))
+
+
+def test_extended_observation_holds_every_guidance_term():
+    telemetry = dataclasses.replace(TELEMETRY, guidance={"weight_l2": 0.3, "ewc": 0.0})
+
+    values = encode("extended", telemetry, terms=("weight_l2", "ewc"))
+
+    assert values["log_weight_l2"] == pytest.approx(math.log(0.3001) / 5)
+    assert values["log_ewc"] == pytest.approx(math.log(1e-4) / 5)
+    without = encode("extended")
+    assert values | without == values  # the rest is where it was
+    assert "log_weight_l2" not in encode("scaled", telemetry, terms=("weight_l2", "ewc"))

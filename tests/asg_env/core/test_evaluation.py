@@ -1,4 +1,4 @@
-import dataclasses
+import math
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_accuracy_and_mean_recall_on_an_unbalanced_split():
 
 
 def test_score_is_the_figure_that_is_asked_for():
-    result = Evaluation(0.25, 0.5, 1.0, torch.tensor([True]))
+    result = Evaluation(0.25, 0.5, 1.0, torch.tensor([True]), torch.tensor([0]), ())
 
     assert result.score("accuracy") == 0.25
     assert result.score("mean_recall") == 0.5
@@ -85,6 +85,47 @@ def test_flip_average_does_not_depend_on_the_orientation():
     assert plain[0] != plain[1]
 
 
+def test_predictions_and_their_confidence():
+    # Softmax of (6, 0) gives class 0 1 / (1 + e^-6), softmax of (-3, 1) class 1 1 / (1 + e^-4).
+    result = evaluate_split(split_of([[9, 1], [1, 9]], [0, 0]), sided, flip_average=False)
+
+    assert result.predicted.tolist() == [0, 1]
+    assert result.predicted.dtype == torch.int64
+    assert result.correct.tolist() == [True, False]
+    assert result.confidence.tolist() == pytest.approx([0.997527, 0.982014], abs=1e-6)
+    assert result.confidence.dtype == torch.float32
+    assert result.confidence is result.confidence  # computed once
+
+
+def test_confidence_under_flip_average_is_the_mean_softmax_of_the_class_of_the_sigmoids():
+    # The sigmoids choose class 1; its softmax is 0.002473 for (6, 0) and 0.982014 for (-3, 1).
+    result = evaluate_split(split_of([[9, 1], [1, 9]], [1, 1]), sided, flip_average=True)
+
+    assert result.predicted.tolist() == [1, 1]
+    assert result.confidence.tolist() == pytest.approx([(0.002473 + 0.982014) / 2] * 2, abs=1e-6)
+
+
+def test_confidence_is_finite_for_huge_logits():
+    huge = torch.tensor([[3e38, -3e38, 0.0]])
+    data = split_of([[0]], [0])
+
+    result = evaluate_split(data, lambda images: huge, flip_average=False)
+
+    assert result.predicted.tolist() == [0]
+    assert result.confidence.tolist() == [1.0]
+
+
+def test_one_bad_mirror_image_is_enough_to_have_no_prediction():
+    def broken(images):
+        logits = sided(images)
+        return torch.where(logits < 0, torch.tensor(float("nan")), logits)  # brighter on the right
+
+    data = split_of([[9, 1]], [0])
+
+    assert evaluate_split(data, broken, flip_average=False).predicted.tolist() == [0]
+    assert evaluate_split(data, broken, flip_average=True).predicted.tolist() == [-1]
+
+
 def test_loss_is_that_of_the_logits_of_the_images_as_they_are():
     data = split_of([[9, 1], [1, 9]], [0, 0])
     logits = torch.tensor([[6.0, 0.0], [-3.0, 1.0]])
@@ -95,19 +136,23 @@ def test_loss_is_that_of_the_logits_of_the_images_as_they_are():
 
 
 @pytest.mark.parametrize("flip_average", [False, True])
-@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
 def test_images_with_scores_that_are_not_finite_are_wrong(score, flip_average):
     data = split_of([[0], [1], [2]], [0, 1, 2])
 
     def broken(images):
         logits = one_hot(images)
-        logits[1, 1] = score  # argmax would call it class 1, which is right
+        # Argmax would call it class 1, which is right.
+        logits[1, 0 if score < 0 else 1] = score
         return logits
 
     result = evaluate_split(data, broken, flip_average)
 
     assert result.correct.tolist() == [True, False, True]
     assert result.accuracy == result.mean_recall == pytest.approx(2 / 3)
+    assert result.predicted.tolist() == [0, -1, 2]
+    of_the_right_class = math.e / (math.e + 2)  # softmax of logits 1, 0, 0
+    assert result.confidence.tolist() == pytest.approx([of_the_right_class, 0, of_the_right_class])
 
 
 @pytest.mark.parametrize("flip_average", [False, True])
@@ -126,14 +171,17 @@ def test_batches_do_not_matter(monkeypatch, flip_average):
         sizes = []
         monkeypatch.setattr(evaluation, "LARGEST_BATCH", size)
         monkeypatch.setattr(evaluation, "SMALLEST_BATCH", size)
-        results.append(dataclasses.asdict(evaluate_split(data, linear, flip_average)))
+        results.append(evaluate_split(data, linear, flip_average))
         assert max(sizes) == min(size, 23)
         assert sum(sizes) == 23 * (1 + flip_average)
 
     whole = results[0]
     for result in results[1:]:
-        assert torch.equal(result.pop("correct"), whole["correct"])
-        assert result == pytest.approx({k: v for k, v in whole.items() if k != "correct"})
+        assert torch.equal(result.correct, whole.correct)
+        assert torch.equal(result.predicted, whole.predicted)
+        torch.testing.assert_close(result.confidence, whole.confidence)
+        for name in ("accuracy", "mean_recall", "loss"):
+            assert getattr(result, name) == pytest.approx(getattr(whole, name))
 
 
 @pytest.mark.parametrize(("side", "batch"), [(1, 512), (16, 512), (20, 327), (224, 64)])

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from asg_env.core.objectives import accuracy_counts, kl_to_teacher, objective, task_loss
+from asg_env.core.objectives import (
+    accuracy_counts,
+    feature_distance,
+    kl_to_teacher,
+    squared_distance,
+    task_loss,
+)
 
 
 @pytest.fixture
@@ -32,13 +38,52 @@ def test_kl_to_teacher_is_zero_when_student_and_teacher_agree(logits):
     assert kl_to_teacher(torch.log_softmax(old, dim=1), old + 3.0).item() == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize(("guidance", "total"), [({"kl": 0.5}, 3.5), ({"kl": 0.0}, 2.0), ({}, 2.0)])
-def test_objective_adds_the_weighted_terms(guidance, total):
-    assert objective(torch.tensor(2.0), torch.tensor(3.0), guidance).item() == total
+def test_kl_to_teacher_at_another_temperature_equals_the_formula(logits):
+    old, new = (log_softmax(values / 2.5) for values in logits)
+    expected = 2.5**2 * (np.exp(old) * (old - new)).sum() / 4
+
+    teacher = torch.from_numpy(log_softmax(logits[0]))
+    kl = kl_to_teacher(teacher, torch.from_numpy(logits[1]), temperature=2.5)
+
+    assert kl.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_objective_ignores_a_term_of_weight_zero_that_is_not_finite():
-    assert objective(torch.tensor(2.0), torch.tensor(float("nan")), {"kl": 0.0}).item() == 2.0
+def test_feature_distance_is_the_squared_distance_of_an_image_averaged_over_the_batch():
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]]])
+
+    assert feature_distance(student, torch.zeros(2, 2, 2)).item() == (5.0 + 9.0) / 2
+
+
+@pytest.mark.parametrize("scales", [None, [torch.tensor([2.0, 1.0]), torch.tensor([[3.0]])]])
+def test_squared_distance_and_its_gradient_equal_the_formula(scales):
+    weights = [torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([[0.5]])]
+    weights[1].requires_grad_()
+    anchors = [torch.tensor([0.0, 1.0]), torch.tensor([[0.0]])]
+
+    value = squared_distance(weights, anchors, scales)
+    (3 * value).backward()
+
+    # By hand: moved (1, -3, .5); squared 1 + 9 + .25, or with the scales 4 + 9 + 2.25.
+    assert value.item() == pytest.approx(10.25 if scales is None else 15.25)
+    slopes = ([2.0, -6.0], [[1.0]]) if scales is None else ([8.0, -6.0], [[9.0]])
+    for weight, slope in zip(weights, slopes, strict=True):
+        torch.testing.assert_close(weight.grad, 3 * torch.tensor(slope))
+
+
+def test_squared_distance_has_the_gradient_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(3)]
+    weights, anchors, scales = ([t] for t in tensors)
+    weights[0].requires_grad_()
+
+    assert torch.autograd.gradcheck(lambda w: squared_distance([w], anchors, scales), weights)
+
+
+def test_squared_distance_at_the_anchor_has_no_slope():
+    weight = torch.ones(3, requires_grad=True)
+    squared_distance([weight], [torch.ones(3)]).backward()
+
+    assert weight.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_task_loss_equals_the_formula(logits):

@@ -1,10 +1,11 @@
 import copy
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from asg_env.core.optimizers import ScaledVelocitySGD, build_optimizer, lr_factor
+from asg_env.core.optimizers import ONE_RATE, ScaledVelocitySGD, build_optimizer, lr_factor
 
 
 def trajectory(form, rates, gradient=lambda w: 1.0, start=0.0, **settings):
@@ -141,7 +142,7 @@ def test_build_optimizer_makes_the_named_one_with_its_settings(name, form, kind)
         assert optimizer.param_groups[0]["momentum"] == 0.7
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "prodigy", "schedule-free"])
 def test_build_optimizer_refuses_scaled_velocity_beside_sgd(name):
     group = {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.3}
 
@@ -173,3 +174,115 @@ def test_lr_factor_never_falls_below_its_floor():
     assert min(after_warmup) == pytest.approx(0.2**0.9)
     assert round(min(after_warmup), 4) == 0.2349
     assert after_warmup == sorted(after_warmup, reverse=True)
+
+
+def quadratic_path(optimizer, groups, rates, steps=12):
+    """Weights of both groups after each step on sum(k * w**2), at the rates of each step."""
+    path = []
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates(step), strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad()
+        sum((k * w**2).sum() for k, w in enumerate(groups, start=1)).backward()
+        optimizer.step()
+        path.append(torch.cat([w.detach().clone() for w in groups]))
+    return torch.stack(path)
+
+
+def two_groups():
+    weights = [torch.nn.Parameter(torch.tensor(w)) for w in ([1.0, -2.0], [0.5, 3.0, -1.0])]
+    return weights, [{"params": [w], "lr": 1.0, "name": str(i)} for i, w in enumerate(weights)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_prodigy_is_its_packages_own(weight_decay, capsys):
+    package = pytest.importorskip("prodigyopt")
+    weights, groups = two_groups()
+    twins, twin_groups = two_groups()
+    theirs = package.Prodigy(twin_groups, weight_decay=weight_decay)
+    capsys.readouterr()
+    ours = build_optimizer(groups, "prodigy", weight_decay=weight_decay)
+    assert capsys.readouterr().out == ""
+
+    def rates(step):
+        return [0.0 if step < 3 else 1.0, 1.0]  # a frozen group may have rate 0
+
+    path = quadratic_path(ours, weights, rates)
+
+    assert torch.equal(path, quadratic_path(theirs, twins, rates))
+    assert (path[-1] != path[0]).all()
+    assert [group["name"] for group in ours.param_groups] == ["0", "1"]
+
+
+def test_prodigy_refuses_different_rates_per_group():
+    pytest.importorskip("prodigyopt")
+    weights, groups = two_groups()
+    optimizer = build_optimizer(groups, "prodigy")
+
+    assert "prodigy" in ONE_RATE
+    with pytest.raises(RuntimeError, match="different lr values"):
+        quadratic_path(optimizer, weights, lambda step: [0.1, 1.0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "schedule-free"])
+def test_one_rate_names_no_optimizer_that_takes_several(name):
+    if name == "schedule-free":
+        pytest.importorskip("schedulefree")
+    weights, groups = two_groups()
+    path = quadratic_path(build_optimizer(groups, name), weights, lambda step: [0.01, 0.1])
+
+    assert name not in ONE_RATE
+    assert path.isfinite().all()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_schedule_free_is_its_packages_own(weight_decay):
+    package = pytest.importorskip("schedulefree")
+    weights, groups = two_groups()
+    twins, twin_groups = two_groups()
+    ours = build_optimizer(groups, "schedule-free", momentum=0.8, weight_decay=weight_decay)
+    theirs = package.SGDScheduleFree(twin_groups, momentum=0.8, weight_decay=weight_decay)
+    theirs.train()
+
+    def rates(step):
+        return [0.01 * (step + 1), 0.1 if step < 6 else 0.0]
+
+    path = quadratic_path(ours, weights, rates)
+
+    assert torch.equal(path, quadratic_path(theirs, twins, rates))
+    for optimizer in (ours, theirs):
+        optimizer.eval()
+    for weight, twin in zip(weights, twins, strict=True):
+        assert torch.equal(weight, twin)
+    assert not torch.equal(torch.cat([*weights]), path[-1])  # the average is another point
+
+
+def test_schedule_free_averages_the_points_of_plain_sgd():
+    # One weight, gradient 1 everywhere, rate 0.1: z is 0, -0.1, -0.2, -0.3 and x the mean of
+    # the z so far, the start left out.
+    pytest.importorskip("schedulefree")
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = build_optimizer([{"params": [weight], "lr": 0.1}], "schedule-free")
+    averages = []
+    for _ in range(3):
+        weight.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        optimizer.eval()
+        averages.append(weight.item())
+        optimizer.train()
+
+    assert averages == pytest.approx([-0.1, -0.15, -0.2])
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("prodigy", "prodigyopt"), ("schedule-free", "schedulefree")]
+)
+def test_build_optimizer_names_the_package_that_is_missing(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+
+    with pytest.raises(ImportError) as error:
+        build_optimizer(two_groups()[1], name)
+
+    assert str(error.value) == (
+        f"optimizer '{name}' needs the package {package}; pip install 'asg-env[rivals]'"
+    )

@@ -464,3 +464,39 @@ def test_measuring_does_not_disturb_training(make_trainer, weights, identical):
 
     assert reports[0] == reports[1]
     assert identical(weights(watched), weights(alone))
+
+
+def test_schedule_free_training_is_not_changed_by_evaluating_it(make_trainer, weights):
+    quiet, watched = (make_trainer(optimizer="schedule-free") for _ in range(2))
+    for _ in range(3):
+        quiet.run(3, [1.0] * 3)
+        watched.run(3, [1.0] * 3)
+        watched.evaluate("test")
+
+    assert all(torch.equal(weights(quiet)[n], t) for n, t in weights(watched).items())
+
+
+def test_schedule_free_networks_are_judged_and_saved_at_their_average(make_trainer, weights):
+    trainer = make_trainer(optimizer="schedule-free")
+    trainer.run(6, [1.0] * 3)
+
+    saved, training = trainer.weights(), weights(trainer)
+    judged = trainer.evaluate("test").loss
+    trainer.optimizee.load_state_dict(saved)
+
+    assert not torch.equal(saved["head.0.weight"], training["head.0.weight"])
+    plain = make_trainer()
+    plain.optimizee.load_state_dict(saved)
+    assert plain.evaluate("test").loss == judged
+
+
+def test_features_are_what_the_heads_read(make_trainer):
+    trainer = make_trainer()
+    trainer.run(2, [1.0] * 3)
+    features = trainer.features("test")
+
+    with torch.no_grad():
+        logits = trainer.optimizee.head(features)
+    labels = trainer.splits["test"].labels
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(trainer.evaluate("test").loss, rel=1e-6)
