@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from agents.cli_compare import compare_command
 from agents.cli_fit import fit_command
 from agents.cli_info import info_command, tasks_command
 from agents.cli_options import (
@@ -128,6 +129,7 @@ def export_command(
 
 
 app.command("fit")(fit_command)
+app.command("compare")(compare_command)
 app.command("tasks")(tasks_command)
 app.command("info")(info_command)
 app.command("prepare")(prepare_command)

@@ -1,6 +1,7 @@
 """`asg fit`: ordinary training under a schedule, a controller or a baseline."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,12 +192,13 @@ def _baseline(name: str, groups: int) -> Controller:
     return candidates[candidate]
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a loss that is not finite is stored as null."""
-    return {
-        k: None if isinstance(v, float) and v != v or v in (float("inf"),) else v
-        for k, v in record.items()
-    }
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is stored as null."""
+    if isinstance(value, dict):
+        return {name: _finite(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _make_folder(out: Path) -> None:

@@ -149,14 +149,14 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: The file or a value cannot be used.
     """
-    values = read_yaml(_config_path("experiment", name))
+    values = read_yaml(config_path("experiment", name))
     assignments = [_assignment(override) for override in overrides]
     for key in ("env", "agent"):  # another whole section, before single values of it
         for _, parts, value in assignments:
             if parts == [key]:
                 values[key] = value
         if isinstance(values.get(key), str):
-            values[key] = read_yaml(_config_path(key, values[key]))
+            values[key] = read_yaml(config_path(key, values[key]))
     _assign(values, [a for a in assignments if a[1] not in (["env"], ["agent"])])
     return Experiment(values)
 
@@ -206,7 +206,12 @@ def _assign(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:
         target[parts[-1]] = value
 
 
-def _config_path(folder: str, name: str) -> Path:
+def config_path(folder: str, name: str) -> Path:
+    """Return the path of a file in configs/ by its bare name, or the path that was given.
+
+    Raises:
+        ConfigError: No shipped file has this name.
+    """
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return Path(name)
     shipped = Path(str(files("configs") / folder))

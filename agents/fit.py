@@ -89,7 +89,8 @@ def fit(
         report: Called with the record of each window.
 
     Returns:
-        One record per window: inner step, multipliers, CE, KL, whether it diverged.
+        One record per window: inner step, multipliers, CE, KL, values of further guidance terms,
+        drift of each layer group, whether it diverged.
     """
     trainer.reset(instance.head_seed, instance.data_seed, instance.base_lr_scale)
     controller.begin(instance, trainer)
@@ -105,6 +106,8 @@ def fit(
                 "lr_multipliers": multipliers,
                 "ce": telemetry.ce,
                 "kl": telemetry.kl,
+                "guidance": dict(telemetry.guidance),
+                "drifts": telemetry.drifts,
                 "diverged": telemetry.diverged,
             }
         )

@@ -129,15 +129,15 @@ def _run(
     )
 
 
-_worker_env: LayerwiseLREnv | None = None
+_worker: Any = None  # what the jobs of this process work with
 
 
-def _start_worker(task: str, settings: EnvSettings) -> None:
-    global _worker_env
+def _start_worker(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker_env = LayerwiseLREnv(task, settings)
+    _worker = build(*arguments)
 
 
 def _die_with_parent() -> None:
@@ -150,25 +150,25 @@ def _die_with_parent() -> None:
 
 def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
     function, arguments = job
-    return function(_worker_env, *arguments)
+    return function(_worker, *arguments)
 
 
-class RolloutPool:
-    """N worker processes, each with its own environment and one torch thread.
+class WorkerPool:
+    """N worker processes with one torch thread each, and what `build(*arguments)` returns there.
 
     Results come in the order of the jobs and depend on the jobs alone, so they are the same
     bytes whatever N is.
     """
 
-    def __init__(self, task: str, settings: EnvSettings, workers: int) -> None:
+    def __init__(self, workers: int, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["agents.rollout"])
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(task, settings)
+            workers, mp_context=context, initializer=_start_worker, initargs=(build, arguments)
         )
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yield `function(env, *job)` for every job, in order."""
+        """Yield `function(what was built, *job)` for every job, in order."""
         return self._executor.map(_call, ((function, job) for job in jobs))
 
     def __enter__(self) -> Self:
@@ -181,3 +181,10 @@ class RolloutPool:
         trace: TracebackType | None,
     ) -> None:
         self._executor.shutdown(wait=kind is None, cancel_futures=True)
+
+
+class RolloutPool(WorkerPool):
+    """Workers with an environment each."""
+
+    def __init__(self, task: str, settings: EnvSettings, workers: int) -> None:
+        super().__init__(workers, LayerwiseLREnv, (task, settings))

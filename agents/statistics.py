@@ -111,6 +111,35 @@ def score(correct: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
     return np.asarray(np.mean(recalls, axis=0))
 
 
+def bootstrap_values(
+    values: np.ndarray, generator: np.random.Generator, minus: np.ndarray | None = None
+) -> Estimate | None:
+    """IQM of a figure over (training seeds x instances), the interval as in `bootstrap_iqm`.
+
+    Args:
+        values: The figure of each training, shape (S, I). An instance where any is NaN is left out.
+        generator: Source of the resamples.
+        minus: If given, shape (1, I) or (S, I): the estimate is of the paired difference.
+
+    Returns:
+        The estimate, or None if no instance is left.
+    """
+    units = values if minus is None else values - minus
+    units = units[:, ~np.isnan(units).any(axis=0)]
+    seeds, instances = units.shape
+    if instances == 0:
+        return None
+    draws = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        seed_index = generator.integers(seeds, size=seeds)
+        instance_index = generator.integers(instances, size=instances)
+        draws[index] = interquartile_mean(units[np.ix_(seed_index, instance_index)].reshape(-1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    value = float(interquartile_mean(units.reshape(-1)))
+    return Estimate(value, float(low), float(high), seeds, instances)
+
+
 def _weighted(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted means over images, (S, I, B), for weights of shape (B, N)."""
     return np.asarray(correct.astype(np.float32) @ weights.T.astype(np.float32))

@@ -1,0 +1,252 @@
+"""`asg compare`, the work: every row tuned on train instances, then judged on test instances.
+
+A row is written to the folder when it is done; a comparison that was killed goes on with the
+first row that is not there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.comparison import Method, Plan, Row, RowSettings
+from agents.experiment import write_text
+from agents.fit import fit
+from agents.judgement import judge_network
+from agents.rollout import WorkerPool
+from agents.search import train_instances
+from asg_env.config import ConfigError, EnvSettings
+from asg_env.core.evaluation import Metric
+from asg_env.core.seeding import derive_seed
+from asg_env.core.trainer import Trainer
+from asg_env.env import build_trainer
+from asg_env.instances import Instance, published_test_instances
+
+COMPARISON_SEED = 0  # of the train instances that coefficients are tuned on
+Report = Callable[[str, int], None]  # (row, trainings done since the last report)
+
+
+class TrialRunner:
+    """Trains networks in a worker process; the trainer is kept while its settings stay."""
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+        self._settings: EnvSettings | None = None
+        self._trainer: Trainer | None = None
+
+    def trainer_for(self, settings: EnvSettings) -> Trainer:
+        """Return the trainer of these settings, its guidance set."""
+        # Guidance can be changed in place, which keeps what the teacher remembers.
+        bare = settings.model_copy(update={"guidance": None, "kl_weight": None})
+        if self._trainer is None or bare != self._settings:
+            self._trainer, self._settings = build_trainer(self._task, settings), bare
+        self._trainer.guide(settings.guidance_terms())
+        return self._trainer
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one ordinary training did.
+
+    Attributes:
+        inner_steps: Taken, pilot runs included.
+        seconds: Of training, in a worker with one thread.
+        drifts: Relative distance of each layer group from where it started, (G,).
+        diverged: Whether it diverged.
+    """
+
+    inner_steps: int
+    seconds: float
+    drifts: tuple[float, ...]
+    diverged: bool
+
+
+def train_once(
+    runner: TrialRunner, method: Method, instance: Instance, seed: int
+) -> tuple[Trainer, Training]:
+    """Train one network by a method; sampled actions of a policy follow `seed`."""
+    trainer = runner.trainer_for(method.settings)
+    controller = method.controller(trainer)
+    if method.policy is not None:
+        method.policy.seed(seed)
+    drifts: tuple[float, ...] = ()
+
+    def remember(record: dict[str, Any]) -> None:
+        nonlocal drifts
+        drifts = record["drifts"]
+
+    began = time.perf_counter()
+    records = fit(trainer, controller, instance, method.settings.windows(), remember)
+    seconds = time.perf_counter() - began
+    extra = getattr(controller, "extra_inner_steps", 0)
+    last = records[-1]
+    return trainer, Training(last["inner_step"] + extra, seconds, drifts, last["diverged"])
+
+
+def tuning_trial(
+    runner: TrialRunner, method: Method, instance: Instance, split: str, metric: Metric
+) -> float:
+    """Train, and return the figure of a validation split that the candidate is chosen by."""
+    trainer, training = train_once(runner, method, instance, 0)
+    return 0.0 if training.diverged else trainer.evaluate(split).score(metric)
+
+
+def test_trial(
+    runner: TrialRunner, method: Method, instance: Instance, seed: int
+) -> dict[str, Any]:
+    """Train, and judge the network on the test split; plain values that JSON can hold."""
+    trainer, training = train_once(runner, method, instance, seed)
+    judged = judge_network(trainer, training.diverged)
+    return {
+        "instance": instance.to_dict(),
+        "correct": "".join("01"[int(c)] for c in judged.correct),
+        "confusion": judged.confusion.tolist(),
+        "calibration_error": judged.calibration_error,
+        "energies": judged.energies,
+        "retention": judged.retention,
+        "inner_steps": training.inner_steps,
+        "seconds": round(training.seconds, 3),
+        "drifts": [d if np.isfinite(d) else None for d in training.drifts],
+        "diverged": training.diverged,
+    }
+
+
+class Comparison:
+    """A comparison in its folder."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        seeds: int,
+        tuning: int,
+        tune_on: str,
+    ) -> None:
+        """Prepare a comparison.
+
+        Args:
+            plan: The rows.
+            folder: Where finished rows are kept.
+            seeds: Test instances, the first so many of the published list of `fixed`.
+            tuning: Train instances that each candidate is tried on.
+            tune_on: Validation split that chooses: `outer_valid` (real) or `inner_valid`.
+        """
+        self.plan, self.folder = plan, folder
+        self._tune_on = tune_on
+        self.tested = published_test_instances(plan.task, "fixed")[:seeds]
+        self._tuned = train_instances(
+            plan.task, "fixed", derive_seed(COMPARISON_SEED, "compare"), tuning
+        )
+
+    def trainings(self) -> int:
+        """Trainings that the whole comparison takes."""
+        tuned = sum(len(next(iter(row.tune.values()))) for row in self.plan.wanted.rows if row.tune)
+        controllers = sum(len(row.seeds) for row in self.plan.controllers)
+        rows = len(self.plan.wanted.rows) + controllers
+        return tuned * len(self._tuned) + rows * len(self.tested)
+
+    def run(self, pool: WorkerPool, report: Report) -> list[dict[str, Any]]:
+        """Run what is missing; return the finished rows in the order of the file.
+
+        Raises:
+            ConfigError: A finished row's file is damaged.
+        """
+        done: dict[str, dict[str, Any]] = {}
+        shared = 1.0
+        for wanted in self.plan.ordered():
+            done[wanted.name] = self._finished(wanted.name) or self._run_row(
+                pool, wanted, shared, report
+            )
+            if wanted.share_rate:
+                shared = done[wanted.name]["rate"]
+        for row in self.plan.controllers:
+            done[row.name] = self._finished(row.name) or self._test(pool, row, row.seeds, report)
+        names = [row.name for row in self.plan.wanted.rows]
+        names += [row.name for row in self.plan.controllers]
+        return [done[name] for name in names]
+
+    def _run_row(
+        self, pool: WorkerPool, wanted: RowSettings, shared: float, report: Report
+    ) -> dict[str, Any]:
+        """Choose the row's candidate on train instances, then test that one."""
+        row = self.plan.row(wanted, shared)
+        scores: dict[str, float] = {}
+        if len(row.candidates) > 1:
+            metric = self.plan.env.metric
+            jobs = [
+                (method, instance, self._tune_on, metric)
+                for method in row.candidates.values()
+                for instance in self._tuned
+            ]
+            results = []
+            for result in pool.map(tuning_trial, jobs):
+                results.append(result)
+                report(row.name, 1)
+            means = np.array(results).reshape(len(row.candidates), -1).mean(axis=1)
+            scores = dict(zip(row.candidates, means.tolist(), strict=True))
+        best = max(row.candidates, key=lambda name: scores.get(name, 0.0))
+        method = row.candidates[best]
+        chosen = {"setting": best, "rate": method.rate, "tuning": scores}
+        return self._test(pool, row, (method,), report, chosen)
+
+    def _test(
+        self,
+        pool: WorkerPool,
+        row: Row,
+        methods: Sequence[Method],
+        report: Report,
+        chosen: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        jobs = [
+            (method, instance, derive_seed(COMPARISON_SEED, row.name, index, number))
+            for index, method in enumerate(methods)
+            for number, instance in enumerate(self.tested)
+        ]
+        results = []
+        for result in pool.map(test_trial, jobs):
+            results.append(result)
+            report(row.name, 1)
+        count = len(self.tested)
+        values = {
+            "digest": self.digest(),
+            "name": row.name,
+            "paper": row.paper,
+            "setting": row.reward,
+            "rate": None,
+            "tuning": {},
+            "guidance": {n: t.weight for n, t in methods[0].settings.guidance_terms().items()},
+            "controller": bool(row.seeds),
+            "reads_real_labels": row.real_labels,
+            **(chosen or {}),
+            "results": [results[i : i + count] for i in range(0, len(results), count)],
+        }
+        write_text(self._path(row.name), json.dumps(values) + "\n")
+        return values
+
+    def digest(self) -> str:
+        """What a finished row must have been made with to be taken over."""
+        return f"{self.plan.digest()} {len(self.tested)} {len(self._tuned)} {self._tune_on}"
+
+    def _path(self, name: str) -> Path:
+        kept = "".join(c if c.isalnum() else "-" for c in name.lower())
+        return self.folder / "rows" / f"{kept}.json"
+
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            digest = values["digest"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{path} is no whole row; delete it") from None
+        if digest != self.digest():
+            raise ConfigError(
+                f"{path} is a row of other settings; go on with those, or add --overwrite"
+            )
+        found: dict[str, Any] = values
+        return found
