@@ -99,7 +99,7 @@ class ProxyKL:
 
 
 class WeightL2:
-    """|w - w_pretrained|**2 over the backbone: ASG's "vanilla L2" (docs/original.md, section 7)."""
+    """|w - w_pretrained|**2 over the backbone: ASG's "vanilla L2" (docs/original.md, section 5)."""
 
     def __init__(self, pretrained: Pretrained) -> None:
         self._weights, self._anchors = pretrained.backbone()

@@ -43,7 +43,7 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared Euclidean distance of each image's features, mean over the batch.
 
     Source: the feature distillation of ROAD (Chen, Li, Van Gool, CVPR 2018), one of ASG's
-    baselines (docs/original.md, section 7), there on maps of a segmentation network.
+    baselines (docs/original.md, section 5), there on maps of a segmentation network.
 
     Args:
         student: Output of a layer of the trained backbone, shape (B, ...).
