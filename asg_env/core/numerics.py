@@ -29,7 +29,14 @@ def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    with torch.backends.cudnn.flags(benchmark=not deterministic, deterministic=deterministic):
+    cudnn = torch.backends.cudnn
+    # What is not given falls back to defaults of its own: cuDNN off, for one.
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=not deterministic,
+        deterministic=deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    ):
         torch.use_deterministic_algorithms(deterministic)
         try:
             yield

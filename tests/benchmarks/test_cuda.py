@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -99,3 +100,33 @@ def test_all_three_loops_train_the_same_network(monkeypatch):
         for other in (bare, naive):
             difference = other[name] - ours[name]
             assert difference.norm() < 1e-2 * moved.norm()
+
+
+def test_repeats_below_one_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cuda", "--cpu", "--repeats", "0"])
+    monkeypatch.setattr(cuda, "measure", lambda *_: pytest.fail("it measured"))
+
+    with pytest.raises(SystemExit) as stop:
+        cuda.main()
+
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("--repeats must be >= 1, got 0; raise it\n")
+
+
+def test_a_finished_plan_is_kept_when_a_later_one_fails(monkeypatch, tmp_path):
+    def measure(plan, count):
+        if plan.batch_size > 32:
+            raise torch.OutOfMemoryError
+        return {name: [1.0] * count for name in ("ours", "bare", "naive")}
+
+    out = tmp_path / "cuda.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["cuda", "--repeats", "1", "--out", str(out)])
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.main()
+
+    assert json.loads(out.read_text())["seconds"] == {
+        "batch 32": {"ours": [1.0], "bare": [1.0], "naive": [1.0]}
+    }

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from asg_env.core.numerics import kernels
+
+cudnn = torch.backends.cudnn
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_of_cuda_leave_alone_what_they_do_not_choose(monkeypatch, enabled, deterministic):
+    monkeypatch.setattr(cudnn, "enabled", enabled)
+    monkeypatch.setattr(cudnn, "allow_tf32", enabled)
+
+    with kernels(deterministic, torch.device("cuda")):
+        assert cudnn.enabled is enabled
+        assert cudnn.allow_tf32 is enabled
+        assert (cudnn.benchmark, cudnn.deterministic) == (not deterministic, deterministic)
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (enabled, False, False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_kernels_of_a_cpu_change_nothing():
+    with kernels(True, torch.device("cpu")):
+        assert not cudnn.deterministic
+        assert not torch.are_deterministic_algorithms_enabled()
