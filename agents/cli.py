@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -35,6 +36,7 @@ from agents.results import comparison_table, episodes_of_comparison, results_mar
 from agents.rollout import RolloutPool
 from agents.train import estimate_minutes, load_policies, train
 from asg_env.config import ConfigError
+from asg_env.core.numerics import NotRepeatableError
 from asg_env.tasks.listing import DataError
 
 app = typer.Typer(
@@ -234,7 +236,14 @@ def main() -> None:
         if isinstance(error, OSError) and error.strerror:
             print(f"asg: {error.filename}: {error.strerror}; mend that first", file=sys.stderr)
             sys.exit(2)
-        if message is None and not isinstance(error, (ConfigError, DataError)):
+        if isinstance(error, torch.OutOfMemoryError):
+            print(
+                "asg: the device ran out of memory; lower env.batch_size, or the number of workers "
+                "(train.workers, --workers)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        if message is None and not isinstance(error, (ConfigError, DataError, NotRepeatableError)):
             raise
         print(f"asg: {message() if message else error}", file=sys.stderr)
         sys.exit(2)

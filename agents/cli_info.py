@@ -10,7 +10,7 @@ from agents.cli_options import Assignments, console
 from agents.experiment import env_settings, provenance
 from asg_env.config import ConfigError, EnvSettings
 from asg_env.core.data import HostImages, placement
-from asg_env.env import device_of, task_of
+from asg_env.env import checked_task, device_of
 from asg_env.instances import published_test_instances
 from asg_env.tasks import SUMMARIES
 
@@ -46,15 +46,16 @@ def info_command(
 
 
 def _describe(task_id: str, settings: EnvSettings) -> dict[str, Any]:
-    task = task_of(task_id, settings)
+    task = checked_task(task_id, settings)
     device = device_of(settings.device)
+    placed = placement(task.splits, device, processes=1)
     return {
         "id": task.id,
         "summary": task.summary,
         "layer_groups": dict(task.layer_groups),
         "splits": {name: len(split) for name, split in task.splits.items()},
         "unlabelled": [name for name, split in task.splits.items() if split.labels is None],
-        "storage": _storage(task.splits["train"].images, placement(task.splits, device), device),
+        "storage": _storage(task.splits["train"].images, placed, device),
         "teacher": "outputs remembered"
         if settings.augmentation == "none"
         else f"computed at every step, as images are augmented ({settings.augmentation})",

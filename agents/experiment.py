@@ -19,7 +19,7 @@ from pydantic import Field
 
 from agents.search import FIRST_RUNG
 from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
-from asg_env.env import build_trainer, task_of
+from asg_env.env import task_of, task_to_train
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
 
@@ -96,12 +96,14 @@ class Experiment:
         return self._loaded[1]
 
     def check(self) -> None:
-        """Build environment and agent once, so that a setting that fits neither is found early.
+        """Load the task and build the agent, so that a setting that fits neither is found early.
+
+        No image is put on the device: this process would keep the memory that workers need.
 
         Raises:
             ConfigError: A setting does not fit the task, the machine or the agent.
         """
-        build_trainer(self.task, self.env)
+        task_to_train(self.task, self.env)
         self.agent_module.Learner(self.task, self.env, self.agent, self.seed, self.train.workers)
 
     def to_dict(self) -> dict[str, Any]:

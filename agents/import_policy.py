@@ -18,7 +18,7 @@ from agents.cli_options import Assignments, Overwrite, console
 from agents.experiment import Experiment, RunFolder, load_experiment
 from asg_env.actions import GRIDS
 from asg_env.config import ConfigError
-from asg_env.env import build_trainer
+from asg_env.env import task_to_train
 from asg_env.observations import Observation
 from asg_env.tasks.listing import DataError
 from asg_env.tasks.weight_files import differences, read_state_dict
@@ -150,11 +150,11 @@ def import_policy_command(
     state, shape = read_policy(file)
     experiment = _experiment(env, settings or (), shape, memoryless=not recurrent)
     _check_decisions(file, experiment, shape)
-    trainer = build_trainer(experiment.task, experiment.env)
-    if shape.heads != len(trainer.layer_groups):
+    groups = task_to_train(experiment.task, experiment.env).layer_groups
+    if shape.heads != len(groups):
         raise ConfigError(
             f"{file} sets the rates of {shape.heads} layer groups, but {experiment.task} has "
-            f"{len(trainer.layer_groups)} here ({', '.join(trainer.layer_groups)}); choose an "
+            f"{len(groups)} here ({', '.join(groups)}); choose an "
             f"--env with {shape.heads}"
         )
     learner = experiment.agent_module.Learner(

@@ -129,7 +129,7 @@ def _run(
     )
 
 
-_worker: Any = None  # what the jobs of this process work with
+_worker: Any = None  # what the jobs of this process work with, or why there is none
 
 
 def _start_worker(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -137,7 +137,10 @@ def _start_worker(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker = build(*arguments)
+    try:
+        _worker = build(*arguments)
+    except Exception as error:  # raised here, it would break the pool and be lost: see `_call`
+        _worker = error
 
 
 def _die_with_parent() -> None:
@@ -150,6 +153,8 @@ def _die_with_parent() -> None:
 
 def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
     function, arguments = job
+    if isinstance(_worker, Exception):
+        raise _worker
     return function(_worker, *arguments)
 
 
@@ -187,4 +192,4 @@ class RolloutPool(WorkerPool):
     """Workers with an environment each."""
 
     def __init__(self, task: str, settings: EnvSettings, workers: int) -> None:
-        super().__init__(workers, LayerwiseLREnv, (task, settings))
+        super().__init__(workers, LayerwiseLREnv, (task, settings, None, workers))

@@ -225,8 +225,9 @@ class Learner:
     def train(self, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (update, metrics) from update `start` on."""
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        make = partial(_start_environment, self._task, self._env)
-        envs = SubprocVecEnv([make] * self._settings.environments, start_method="forkserver")
+        processes = self._settings.environments
+        make = partial(_start_environment, self._task, self._env, processes)
+        envs = SubprocVecEnv([make] * processes, start_method="forkserver")
         try:
             yield from self.train_on(envs, start)
         except BaseException:
@@ -318,10 +319,12 @@ def _policy(
     return PPOPolicy(both[0], both[1], settings.hidden_size, arrays)
 
 
-def _start_environment(task: str, settings: EnvSettings) -> gym.Env[np.ndarray, Any]:
+def _start_environment(
+    task: str, settings: EnvSettings, processes: int
+) -> gym.Env[np.ndarray, Any]:
     """Build an environment in its process; it sets one torch thread there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
-    return Monitor(LayerwiseLREnv(task, settings))
+    return Monitor(LayerwiseLREnv(task, settings, processes=processes))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from gymnasium.error import ResetNeeded
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError, EnvSettings, validate
 from asg_env.core.guidance import GuidanceError
-from asg_env.core.layer_groups import effective_lrs
+from asg_env.core.layer_groups import effective_lrs, split_parameters
 from asg_env.core.optimizers import ONE_RATE, lr_factor
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
@@ -66,7 +67,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     ## Arguments
     `settings`: see `asg_env.config.EnvSettings` and docs/environment.md. `render_mode`: `ansi`
-    or `rgb_array`.
+    or `rgb_array`. `processes`: see `build_trainer`.
 
     ## Version History
     v0: first version.
@@ -74,7 +75,13 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
-    def __init__(self, task: str, settings: EnvSettings, render_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        task: str,
+        settings: EnvSettings,
+        render_mode: str | None = None,
+        processes: int = 1,
+    ) -> None:
         if multiprocessing.parent_process() is not None:
             # One thread per worker process: bits change with the thread count, and a forked
             # child's backward pass can hang when its parent used several.
@@ -92,7 +99,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self.render_mode = render_mode
         self.settings = settings
         self.task_id = task
-        self.trainer = build_trainer(task, settings)
+        self.trainer = build_trainer(task, settings, processes)
         groups = self.trainer.layer_groups
         self._action = ACTIONS[settings.action](settings.grid, len(groups))
         self._observation = Observation(
@@ -315,22 +322,38 @@ def task_of(task_id: str, settings: EnvSettings) -> Task:
         raise ConfigError(str(error)) from None
 
 
-def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
-    """Load a task and put the inner trainer around it.
+def checked_task(task_id: str, settings: EnvSettings) -> Task:
+    """Load a task whose network and images the settings fit; the device stays empty.
 
     Raises:
         ConfigError: A setting does not fit the task or the machine.
     """
-    device = device_of(settings.device)
+    device_of(settings.device)
     task = task_of(task_id, settings)
+    if "outer_valid" in task.splits and settings.outer_valid_size is not None:
+        there = len(task.splits["outer_valid"])
+        if settings.outer_valid_size > there:
+            raise ConfigError(
+                f"`outer_valid_size` must be <= {there} for {task_id}, got "
+                f"{settings.outer_valid_size}; lower it"
+            )
+    try:
+        split_parameters(task.optimizee, task.layer_groups)
+    except ValueError as error:
+        raise ConfigError(f"`layer_groups` must fit the network: {error}") from None
+    return task
+
+
+def task_to_train(task_id: str, settings: EnvSettings) -> Task:
+    """Load a task with the splits that training uses; the device stays empty.
+
+    Raises:
+        ConfigError: As `checked_task`, or reward or observation read what the task does not have.
+    """
+    task = checked_task(task_id, settings)
     splits = dict(task.splits)
     if "outer_valid" in splits:
-        there = len(splits["outer_valid"])
-        size = settings.outer_valid_size or min(OUTER_VALID_SIZE, there)
-        if size > there:
-            raise ConfigError(
-                f"`outer_valid_size` must be <= {there} for {task_id}, got {size}; lower it"
-            )
+        size = settings.outer_valid_size or OUTER_VALID_SIZE
         splits["outer_valid"] = splits["outer_valid"].head(size)
     rewards = [
         ("reward", dict(settings.reward), s, "train_loss") for s in Reward(settings.reward).splits
@@ -345,6 +368,21 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
                 f"`{setting}` must not need {what} of {split}, which {task_id} does not have with "
                 f"these settings, got {value}; set env.{setting} to {other}"
             )
+    return replace(task, splits=splits)
+
+
+def build_trainer(task_id: str, settings: EnvSettings, processes: int = 1) -> Trainer:
+    """Load a task and put the inner trainer around it, on its device.
+
+    Args:
+        task_id: Environment id.
+        settings: Of the environment.
+        processes: Processes that share the device, each with a trainer of its own.
+
+    Raises:
+        ConfigError: A setting does not fit the task or the machine.
+    """
+    task = task_to_train(task_id, settings)
     if settings.deterministic:
         # cuBLAS reads it once, at its first call in the process.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -352,15 +390,14 @@ def build_trainer(task_id: str, settings: EnvSettings) -> Trainer:
         return Trainer(
             task.optimizee,
             task.layer_groups,
-            splits,
+            task.splits,
             settings.trainer_settings(),
             settings.guidance_terms(),
-            device,
+            device_of(settings.device),
+            processes,
         )
     except GuidanceError as error:
         raise ConfigError(f"`guidance` cannot be built: {error}; set env.guidance") from None
-    except ValueError as error:  # layer groups that do not cover the network
-        raise ConfigError(f"`layer_groups` must fit the network: {error}") from None
 
 
 def device_of(name: str) -> torch.device:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from asg_env.core.seeding import torch_generator
 
-RESIDENT_SHARE = 0.5  # of the device's free memory that images may take; the rest is for training
+# Of the device's free memory, what the images of all processes may take; the rest is for training.
+RESIDENT_SHARE = 0.5
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -153,22 +154,30 @@ class Split:
         return Split(self.images.to(device), labels, mean, std)
 
 
-def placement(splits: Mapping[str, Split], device: torch.device) -> str:
+def placement(splits: Mapping[str, Split], device: torch.device, processes: int) -> str:
     """Decide where host images go: `resident` on the device where they fit, else `host`.
 
     On a CPU the page cache does what residence would do, and the process stays small.
+
+    Args:
+        splits: All images of a task.
+        device: Where training runs.
+        processes: Processes that share the device, each with images of its own.
     """
     host = [s.images for s in splits.values() if isinstance(s.images, HostImages)]
     if device.type != "cuda" or not all(images.cheap for images in host):
         return "host"
     free, _ = torch.cuda.mem_get_info(device)
-    return "resident" if sum(i.shape.numel() for i in host) <= RESIDENT_SHARE * free else "host"
+    room = RESIDENT_SHARE * free / processes
+    return "resident" if sum(i.shape.numel() for i in host) <= room else "host"
 
 
-def place(splits: Mapping[str, Split], device: torch.device) -> dict[str, Split]:
+def place(
+    splits: Mapping[str, Split], device: torch.device, processes: int = 1
+) -> dict[str, Split]:
     """Return the splits ready for training on `device`, as `placement` decides."""
     placed = {name: split.to(device) for name, split in splits.items()}
-    if placement(splits, device) == "resident":
+    if placement(splits, device, processes) == "resident":
         for name, split in placed.items():
             if isinstance(split.images, HostImages):
                 placed[name] = replace(split, images=_read_all(split.images))

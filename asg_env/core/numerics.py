@@ -6,7 +6,13 @@ from typing import Any, Literal
 
 import torch
 
+NO_KERNEL = "does not have a deterministic implementation"  # in PyTorch's message
+
 Precision = Literal["float32", "bfloat16"]
+
+
+class NotRepeatableError(ValueError):
+    """Repeatable kernels were asked for, but an operation has none."""
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -24,6 +30,9 @@ def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
     """Choose CUDA kernels: the fastest for the shape, or repeatable ones.
 
     Elsewhere it changes nothing: on a CPU with one thread all kernels are repeatable.
+
+    Raises:
+        NotRepeatableError: An operation has no repeatable kernel.
     """
     if device.type != "cuda":
         yield
@@ -40,5 +49,13 @@ def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         try:
             yield
+        except RuntimeError as error:
+            operation, found, _ = str(error).partition(f" {NO_KERNEL}")
+            if not found:
+                raise
+            raise NotRepeatableError(
+                f"`deterministic` must be false here, as {operation} {NO_KERNEL} on "
+                f"{device.type}; set env.deterministic=false"
+            ) from error
         finally:
             torch.use_deterministic_algorithms(before)

@@ -72,6 +72,7 @@ class Trainer:
         settings: TrainerSettings,
         guidance: Mapping[str, float | Weighted],
         device: torch.device,
+        processes: int = 1,
     ) -> None:
         """Prepare everything that does not change from training to training.
 
@@ -91,7 +92,7 @@ class Trainer:
         self.layer_groups = tuple(patterns)
         self.patterns = patterns
         self.optimizee = optimizee.to(device)
-        self.splits = place(splits, device)
+        self.splits = place(splits, device, processes)
         self._device = device
         self._network: nn.Module = (
             torch.compile(self.optimizee) if settings.compile else self.optimizee  # type: ignore[assignment]

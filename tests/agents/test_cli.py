@@ -18,6 +18,7 @@ from agents.experiment import Experiment, RunFolder
 from agents.lstm_policy import ReinforcePolicy
 from agents.train import train
 from asg_env.config import ConfigError
+from asg_env.core.numerics import NotRepeatableError
 from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import TASK_MODULES, load_task
 
@@ -465,6 +466,25 @@ def test_main_does_not_hide_our_own_errors(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["asg", "info"])
     with pytest.raises(RuntimeError, match="a bug"):
         agents.cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "the device ran out of memory; lower env.batch_size, or the number of workers "
+            "(train.workers, --workers)",
+        ),
+        (NotRepeatableError("`deterministic` must be false here"), "`deterministic` must be false"),
+    ],
+)
+def test_what_the_device_cannot_do_is_said_in_a_sentence(fails, monkeypatch, error, message):
+    def full():
+        raise error
+
+    monkeypatch.setattr(agents.cli_info, "provenance", full)
+    assert message in fails("info")
 
 
 def test_mistake_in_a_real_process_gives_status_2_and_one_line(write, tmp_path):

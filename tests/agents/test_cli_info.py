@@ -127,3 +127,14 @@ def test_info_refuses_a_device_that_is_not_there(fails, small):
     message = fails("--task", FOLDERS, *assignments(small))
 
     assert "`device` must be a torch device of this machine, got 'abacus'" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"outer_valid_size": 5}, "`outer_valid_size` must be <= 4 for ASG/ImageFolder-v0, got 5;"),
+        ({"layer_groups": "{stem: xyz}"}, "`layer_groups` must fit the network: trainable parame"),
+    ],
+)
+def test_info_refuses_what_training_would_refuse(fails, small, values, message):
+    assert message in fails("--task", FOLDERS, *assignments({**small, **values}))

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from agents import rollout
 from agents.baselines import Cosine, Static
 from agents.policy import RandomPolicy
 from agents.rollout import RolloutPool, run_controller, run_policy
+from asg_env.config import ConfigError
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
 
@@ -206,3 +208,30 @@ def test_episode_of_a_scaled_instance_trains_at_the_scaled_rate(make_env):
     assert all(torch.equal(a, b) for a, b in zip(weights_scaled, weights(env), strict=True))
     np.testing.assert_array_equal(scaled.accuracy, plain.accuracy)
     np.testing.assert_array_equal(scaled.multipliers, 0.1)  # the nominal ones are shown
+
+
+def exhaust(env: LayerwiseLREnv) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_rollout_pool_hands_on_that_the_device_is_full(pool):
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory"):
+        list(pool.map(exhaust, [()]))
+
+
+def test_rollout_pool_hands_on_why_an_environment_could_not_be_built(make_settings):
+    with (
+        RolloutPool(TASK, make_settings(outer_valid_size=1001), workers=1) as pool,
+        pytest.raises(ConfigError, match=r"^`outer_valid_size` must be <= 1000 for ASG/Digits-v0"),
+    ):
+        list(pool.map(process_and_threads, [()]))
+
+
+def test_rollout_pool_tells_each_worker_how_many_share_the_device(make_settings, monkeypatch):
+    started = []
+    monkeypatch.setattr(rollout, "ProcessPoolExecutor", lambda *_, **given: started.append(given))
+    settings = make_settings()
+
+    RolloutPool(TASK, settings, workers=3)
+
+    assert started[0]["initargs"] == (TASK, settings, 3)

@@ -240,6 +240,13 @@ def test_experiment_check_refuses_what_fits_neither_task_nor_agent(make_experime
         make_experiment(env={"action": "box"}).check()
 
 
+def test_experiment_check_puts_nothing_on_the_device(make_experiment, monkeypatch):
+    monkeypatch.setattr("asg_env.env.Trainer", lambda *_: pytest.fail("it built a trainer"))
+    make_experiment().check()
+    with pytest.raises(ConfigError, match="`device` must be a torch device of this machine, got"):
+        make_experiment(env={"device": "abacus"}).check()
+
+
 def test_estimate_scales_one_episode_to_the_whole(make_experiment, no_workers):
     experiment = make_experiment(train={"seeds": 3})
     minutes = estimate_minutes(experiment, baseline_episodes=48)

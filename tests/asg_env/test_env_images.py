@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equal
 
 from asg_env.config import ConfigError, validate
-from asg_env.env import build_trainer
+from asg_env.env import LayerwiseLREnv, build_trainer
 from asg_env.task_settings import settings_class
 from asg_env.tasks.listing import DataError
 
@@ -97,6 +97,17 @@ def test_env_with_resnet_sees_its_layer_groups(make, image_folders):
     assert info["layer_groups"] == groups
     assert env.action_space.shape == (7,)
     assert len(observation) == len(env.observation_labels)
+
+
+def test_env_says_how_many_processes_share_its_device(settings_of, monkeypatch):
+    asked = []
+    monkeypatch.setattr("asg_env.core.data.placement", lambda *given: asked.append(given) or "host")
+    settings = validate(settings_class(FOLDERS), settings_of(FOLDERS), "env")
+
+    LayerwiseLREnv(FOLDERS, settings, processes=3)
+
+    ((splits, device, processes),) = asked
+    assert ("train" in splits, device, processes) == (True, torch.device("cpu"), 3)
 
 
 # What the reward reads

@@ -215,7 +215,7 @@ def test_place_leaves_host_images_on_the_host_of_a_cpu(make_host, cheap):
     log = []
     splits = {"train": Split(make_host(log, cheap), torch.arange(10), 0.0, 1.0)}
 
-    assert placement(splits, CPU) == "host"
+    assert placement(splits, CPU, 1) == "host"
     placed = place(splits, CPU)
     assert isinstance(placed["train"].images, HostImages)
     assert torch.equal(placed["train"].labels, torch.arange(10))
@@ -223,23 +223,26 @@ def test_place_leaves_host_images_on_the_host_of_a_cpu(make_host, cheap):
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1.0, "resident"), (0.99, "host")])
-def test_placement_on_cuda_asks_whether_all_images_fit(make_host, monkeypatch, room, expected):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_placement_on_cuda_asks_whether_the_images_of_all_processes_fit(
+    make_host, monkeypatch, room, expected, processes
+):
     splits = {name: Split(make_host(), None, 0.0, 1.0) for name in ("train", "test")}
-    free = room * 2 * 10 * 3 * 5 * 6 / data.RESIDENT_SHARE
+    free = processes * room * 2 * 10 * 3 * 5 * 6 / data.RESIDENT_SHARE
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
 
-    assert placement(splits, torch.device("cuda")) == expected
+    assert placement(splits, torch.device("cuda"), processes) == expected
 
 
 def test_placement_on_cuda_decodes_no_file_in_advance(make_host, monkeypatch):
     splits = {"train": Split(make_host(cheap=False), None, 0.0, 1.0)}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
 
-    assert placement(splits, torch.device("cuda")) == "host"
+    assert placement(splits, torch.device("cuda"), 1) == "host"
 
 
 def test_place_reads_all_images_where_they_become_resident(make_host, resident, monkeypatch):
-    monkeypatch.setattr(data, "placement", lambda splits, device: "resident")
+    monkeypatch.setattr(data, "placement", lambda *_: "resident")
 
     split = place({"train": Split(make_host(), torch.arange(10), 3.0, 2.0)}, CPU)["train"]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from asg_env.core.numerics import kernels
+from asg_env.core.numerics import NotRepeatableError, kernels
 
 cudnn = torch.backends.cudnn
 
@@ -26,3 +26,23 @@ def test_kernels_of_a_cpu_change_nothing():
     with kernels(True, torch.device("cpu")):
         assert not cudnn.deterministic
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+MESSAGE = "bincount_cuda does not have a deterministic implementation, but you set 'torch.use_d"
+
+
+def test_operation_without_a_repeatable_kernel_names_the_setting():
+    with (
+        pytest.raises(NotRepeatableError, match=r"^`deterministic` .* as bincount_cuda does not "),
+        kernels(True, torch.device("cuda")),
+    ):
+        raise RuntimeError(MESSAGE)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_errors_pass_unchanged():
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"),
+        kernels(True, torch.device("cuda")),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
