@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from asg_env.config import EnvSettings, InnerSteps
 from asg_env.core.evaluation import Metric
-from asg_env.tasks.image_task import HeadName
+from asg_env.tasks.image_task import OUTER_VALID_FRACTION, HeadName
 
 
 def _patterns(value: Any) -> Any:
@@ -47,7 +47,7 @@ class ImageTaskSettings(EnvSettings):
     head: HeadName = "mlp"
     layer_groups: Annotated[dict[str, str], BeforeValidator(_patterns)] | None = None
     inner_valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    outer_valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    outer_valid_fraction: Annotated[float, Field(ge=0, lt=1)] = OUTER_VALID_FRACTION
     split_seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -57,7 +57,6 @@ class VisDA17Settings(ImageTaskSettings):
     inner_steps: InnerSteps = 100
     metric: Metric = "mean_recall"
     flip_average: bool = True
-    weights: str = "IMAGENET1K_V1"
     root: str | None = None
 
     @model_validator(mode="after")
@@ -89,8 +88,7 @@ class ImageFolderSettings(ImageTaskSettings):
                 "`source` and `target` must name folders of images, or `store` one made by asg "
                 "prepare, got neither; set env.source and env.target"
             )
-        default = type(self).model_fields["outer_valid_fraction"].default
-        if not self.target_labels and self.outer_valid_fraction != default:
+        if not self.target_labels and self.outer_valid_fraction != OUTER_VALID_FRACTION:
             raise ValueError(
                 "`outer_valid_fraction` divides a target with labels, got "
                 f"{self.outer_valid_fraction} with target_labels=false; leave it out"

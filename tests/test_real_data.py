@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torchvision
+from safetensors.torch import save_file
 
 import agents.evaluate
 from agents.baselines import FAMILIES
+from agents.experiment import load_experiment
 
 PAGE = Path(__file__).parents[1] / "docs" / "real-data.md"
 # What makes a miniature of a GPU's work; the commands are otherwise those of the page.
@@ -88,6 +91,38 @@ def run(monkeypatch, capsys):
         return captured.out
 
     return run
+
+
+def rows_of_the_table():
+    """What each row of section 4's table has one add, in words of the shell."""
+    rows = re.findall(r"^\| [^|]+ \| `(--set .*?)`", PAGE.read_text("utf-8"), flags=re.MULTILINE)
+    return [shlex.split(row.replace(r"\|", "|")) for row in rows]
+
+
+def test_the_table_of_settings_has_its_rows():
+    assert len(rows_of_the_table()) == 7
+
+
+@pytest.mark.parametrize("added", rows_of_the_table(), ids=" ".join)
+def test_rows_of_the_table_are_accepted(added, run, visda_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assignments = added[1::2]
+    experiment = load_experiment("visda17", [f"env.root={visda_root}", *assignments])
+    if assignments == ["train.workers=4"]:
+        assert experiment.train.workers == 4
+        return
+    small = {"root": visda_root, "image_size": 32}
+    if not any(a.startswith("env.weights=") for a in assignments):
+        assert experiment.env.weights == "pretrained"  # there for every network, unlike an entry
+        small["weights"] = "random"
+    else:
+        state = torchvision.models.resnet18().state_dict()
+        save_file(state, tmp_path / "resnet101.safetensors")
+    if not any(a.startswith("env.backbone=") for a in assignments):
+        small["backbone"] = "torchvision:resnet18"
+    sets = [word for key, value in small.items() for word in ("--set", f"env.{key}={value}")]
+    task = json.loads(run(["asg", "info", "--task", "ASG/VisDA17-v0", *sets, *added]))["task"]
+    assert task["splits"]["train"] == 48
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ Reader = Callable[[np.ndarray], np.ndarray]
 
 HEAD_WIDTH = 512  # of the original's head, Linear-512-ReLU-Linear
 OLD_TASK_IMAGES = 500  # real images on which agreement with the teacher is measured
+OUTER_VALID_FRACTION = 0.2  # of the target domain, unless the settings say otherwise
 DECODERS = 8  # threads that decode a batch where there is no store
 
 
@@ -99,6 +100,11 @@ def build_image_task(
     inner_valid, train = stratified_division(source, inner_valid_fraction, split_seed)
     parts = {"train": ("source", train), "inner_valid": ("source", inner_valid)}
     if target.labels is None:
+        if outer_valid_fraction != OUTER_VALID_FRACTION:
+            raise DataError(
+                "`outer_valid_fraction` divides a target with labels, which "
+                f"{store or target.root} does not hold, got {outer_valid_fraction}; leave it out"
+            )
         # In no order of the folders: the first of them are what is looked at.
         generator = numpy_generator(split_seed, "unlabelled-target")
         parts["outer_valid"] = ("target", generator.permutation(len(target)))

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -85,15 +86,17 @@ def prepare(
         The manifest.
 
     Raises:
-        DataError: Images are missing or too many are broken, the folder holds something else,
-            or there is no room for the store.
+        DataError: Images are missing, the folder holds something else, or there is no room for
+            the store; or too many images are broken, said as soon as they are.
     """
     folder = folder.absolute()
     header = describe(listings, size)
     if (folder / MANIFEST).exists():
         manifest = Store.open(folder).manifest
         _refuse_other(folder, differences(manifest, header))
-        _check_broken(manifest, max_broken)
+        for name, domain in manifest["domains"].items():
+            images = domain["images"]
+            _check_broken(name, domain["broken"], images, images, max_broken)
     else:
         try:
             manifest = _write(listings, folder, header, workers, max_broken, progress)
@@ -141,7 +144,7 @@ def _write(
         for name, listing in listings.items()
         for chunk in _chunks(name, listing, files[name], size, logged)
     ]
-    records = _decode(chunks, folder / PROGRESS, workers, progress)
+    records = _decode(chunks, folder / PROGRESS, workers, max_broken, progress)
     manifest = dict(header)
     manifest["domains"] = {
         name: {
@@ -154,7 +157,6 @@ def _write(
         }
         for name, text in texts.items()
     }
-    _check_broken(manifest, max_broken)
     for file in files.values():  # a manifest promises that the bytes are there
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -230,10 +232,17 @@ def _chunks(
 
 
 def _decode(
-    chunks: list[_Chunk], log_file: Path, workers: int, progress: Callable[[int, int, int], None]
+    chunks: list[_Chunk],
+    log_file: Path,
+    workers: int,
+    max_broken: float,
+    progress: Callable[[int, int, int], None],
 ) -> list[Record]:
-    total = sum(len(chunk.paths) for chunk in chunks)
-    done = broken = 0
+    images: Counter[str] = Counter()  # per domain: all of them, and below those that are done
+    for chunk in chunks:
+        images[chunk.domain] += len(chunk.paths)
+    done: Counter[str] = Counter()
+    broken: dict[str, list[str]] = {name: [] for name in images}
     records = []
     pool = _pool(workers)
     try:
@@ -243,9 +252,11 @@ def _decode(
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                 records.append(record)
-                done += len(chunk.paths)
-                broken += len(record["broken"])
-                progress(done, total, broken)
+                name = chunk.domain
+                done[name] += len(chunk.paths)
+                broken[name] += record["broken"]
+                progress(done.total(), images.total(), sum(map(len, broken.values())))
+                _check_broken(name, broken[name], done[name], images[name], max_broken)
     finally:
         pool.shutdown(cancel_futures=True)
     return records
@@ -279,16 +290,18 @@ def _write_chunk(chunk: _Chunk) -> Record:
     return {"domain": chunk.domain, "start": chunk.start, "digest": digest, "broken": broken}
 
 
-def _check_broken(manifest: Mapping[str, Any], max_broken: float) -> None:
-    for name, domain in manifest["domains"].items():
-        broken = domain["broken"]
-        share = len(broken) / domain["images"]
-        if not share <= max_broken:  # this way NaN is refused too
-            raise DataError(
-                f"{len(broken)} of the {domain['images']} images of {name} are broken, a share of "
-                f"{share:.2g} where at most {max_broken:g} may be ({', '.join(broken[:3])}"
-                f"{', ...' if len(broken) > 3 else ''}); mend them, or raise --max-broken"
-            )
+def _check_broken(
+    domain: str, broken: list[str], done: int, images: int, max_broken: float
+) -> None:
+    """Refuse more broken images than may be, though only `done` of a domain's have been read."""
+    share = len(broken) / images
+    if not share <= max_broken:  # this way NaN is refused too
+        raise DataError(
+            f"{len(broken)} of the {images} images of {domain} are broken"
+            f"{'' if done == images else f', and only {done} were read'}, a share of "
+            f"{share:.2g} where at most {max_broken:g} may be ({', '.join(broken[:3])}"
+            f"{', ...' if len(broken) > 3 else ''}); mend them, or raise --max-broken"
+        )
 
 
 def _pool(workers: int) -> Executor:

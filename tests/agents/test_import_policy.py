@@ -341,6 +341,7 @@ def test_policy_of_the_originals_shape_fits_visda17(asg, save, tmp_path):
     write_visda_tree(tmp_path / "images", train=1, validation=1, seed=0, size=32)
     small = ["root=" + str(tmp_path / "images"), "backbone=torchvision:resnet18"]
     small += ["weights=random", "image_size=32", "batch_size=4", "steps_per_epoch=3", "epochs=2"]
+    small += ["device=cpu"]
     options = [word for setting in small for word in ("--set", f"env.{setting}")]
     out = tmp_path / "run"
     result = asg("import-policy", save(policy_state(heads=7)), "--out", out, *options)

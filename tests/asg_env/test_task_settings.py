@@ -40,7 +40,7 @@ def test_every_task_has_settings_with_a_common_part(task):
             VISDA,
             IMAGE_DEFAULTS
             | {"inner_steps": 100, "metric": "mean_recall", "flip_average": True}
-            | {"weights": "IMAGENET1K_V1", "augmentation": "none", "precision": "float32"},
+            | {"weights": "pretrained", "augmentation": "none", "precision": "float32"},
         ),
         (
             FOLDERS,

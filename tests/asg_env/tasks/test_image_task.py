@@ -173,7 +173,7 @@ def test_no_fraction_held_out_leaves_the_whole_target_to_the_test_split(listings
 
 
 def test_target_without_labels_has_no_test_split(unlabelled):
-    task = build(unlabelled)
+    task = build(unlabelled, outer_valid_fraction=0.2)
 
     assert set(task.splits) == {"train", "inner_valid", "outer_valid", "old_task"}
     assert task.splits["outer_valid"].labels is None
@@ -182,8 +182,19 @@ def test_target_without_labels_has_no_test_split(unlabelled):
     assert task.optimizee.head_weight().shape[0] == 4  # classes are the source's
 
 
+def test_division_of_an_unlabelled_store_is_refused(unlabelled, make_store):
+    store = str(make_store(unlabelled))
+
+    with pytest.raises(
+        DataError,
+        match=rf"^`outer_valid_fraction` divides a target with labels, which {store} does not "
+        r"hold, got 0.5; leave it out$",
+    ):
+        build(None, store=store, outer_valid_fraction=0.5)
+
+
 def test_store_of_unlabelled_images_knows_that_they_are(unlabelled, make_store):
-    task = build(None, store=str(make_store(unlabelled)))
+    task = build(None, store=str(make_store(unlabelled)), outer_valid_fraction=0.2)
 
     assert "test" not in task.splits
     assert task.splits["outer_valid"].labels is None

@@ -327,6 +327,22 @@ def test_prepare_refuses_more_broken_images_than_allowed_and_keeps_the_rest(own_
             prepare(own_tree, out, max_broken=bound)
 
 
+@pytest.mark.usefixtures("_inline")
+def test_prepare_stops_as_soon_as_too_many_images_are_broken(own_tree, out):
+    paths = domains(own_tree)["source"].paths
+    for row in (0, 1, 20, 40):  # 2 in the first chunk, 1 in the second
+        (own_tree / "train" / paths[row]).write_bytes(b"broken")
+    seen = []
+    with pytest.raises(
+        DataError,
+        match=r"^3 of the 60 images of source are broken, and only 32 were read, a share of 0.05 ",
+    ):
+        prepare(own_tree, out, max_broken=2 / 60, progress=lambda *numbers: seen.append(numbers))
+    assert [done for done, _, _ in seen] == [16, 32]
+    manifest = prepare(own_tree, out, max_broken=4 / 60)  # goes on from there
+    assert manifest["domains"]["source"]["broken"] == [paths[row] for row in (0, 1, 20, 40)]
+
+
 def test_prepare_refuses_an_image_file_that_cannot_be_read(own_tree, out):
     file = own_tree / "train" / domains(own_tree)["source"].paths[0]
     file.unlink()
