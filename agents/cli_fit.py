@@ -23,7 +23,7 @@ from agents.cli_options import (
     policy_of_seed,
     progress_bar,
 )
-from agents.evaluate import acts_greedily, test_figures
+from agents.evaluate import acts_greedily, retention_of, test_figures
 from agents.experiment import RunFolder, env_settings, write_text
 from agents.fit import LiveController, ScheduleController, fit
 from agents.policy import Policy
@@ -113,7 +113,7 @@ def fit_command(
     diverged = records[-1]["diverged"]
     tested = "test" in trainer.splits  # it is not where the target domain has no labels
     accuracy, recall = (None, None) if not tested else test_figures(trainer, diverged)
-    retention = 0.0 if diverged else trainer.retention()
+    retention = retention_of(trainer, diverged)
     _save_fit(
         out,
         trainer,
@@ -134,7 +134,7 @@ def fit_command(
         f"trained {records[-1]['inner_step']} inner steps in {seconds:.1f} s: "
         + ("" if accuracy is None else f"test accuracy {accuracy:.3f}, ")
         + ("" if recall is None else f"mean recall {recall:.3f}, ")
-        + f"retention {retention:.3f}"
+        + ("no old task to retain" if retention is None else f"retention {retention:.3f}")
         + (", diverged" if diverged else "")
         + f"\nwritten: {out}/model.safetensors, fit.json"
     )

@@ -38,20 +38,27 @@ class TestResult:
     Attributes:
         episode: Its record.
         correct: Per test image, bool, shape (N,); all False after divergence.
-        retention: See `Trainer.retention`; 0 after divergence.
+        retention: See `retention_of`.
     """
 
     episode: Episode
     correct: np.ndarray
-    retention: float
+    retention: float | None
 
 
-def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float]:
-    """Return which test images are right, (N,), and retention; zeros after divergence."""
+def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float | None]:
+    """Return which test images are right, (N,), none after divergence, and retention."""
+    retention = retention_of(trainer, diverged)
     if diverged:
-        return np.zeros(len(trainer.splits["test"]), dtype=bool), 0.0
-    retention = trainer.retention()
+        return np.zeros(len(trainer.splits["test"]), dtype=bool), retention
     return trainer.evaluate("test").correct.numpy(), retention
+
+
+def retention_of(trainer: Trainer, diverged: bool) -> float | None:
+    """Return `Trainer.retention`, 0 after divergence; None where it cannot be measured."""
+    if diverged and "old_task" in trainer.splits:
+        return 0.0
+    return trainer.retention()
 
 
 def test_figures(trainer: Trainer, diverged: bool) -> tuple[float, float]:
@@ -143,14 +150,15 @@ class Evaluation:
         """Whether greedy or sampled actions do better on train instances, the better first.
 
         The first row is what differences are taken from, so this is settled before any test
-        image is looked at. With a reward that reads no real label greedy comes first unseen.
+        image is looked at. With a reward that reads no real label greedy comes first unseen, or
+        for an imported policy of the original, which drew its actions, sampled.
 
         Returns:
             The two values of `deterministic`, and what choosing cost per training seed.
         """
         experiment = self._experiment
         if not reads_real_labels(experiment):
-            return (True, False), {}
+            return ((False, True) if is_imported(self._run) else (True, False)), {}
         jobs = [
             (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
             for greedy in (False, True)
@@ -381,7 +389,7 @@ def acts_greedily(run: RunFolder) -> bool:
     """
     path = run.path / "results.json"
     if not path.exists():
-        return "imported" not in read_provenance(run)
+        return not is_imported(run)
     try:
         primary = json.loads(path.read_text(encoding="utf-8"))["protocol"]["primary"]
         return {row: greedy for greedy, row in CONTROLLER_ROWS.items()}[primary]
@@ -389,6 +397,15 @@ def acts_greedily(run: RunFolder) -> bool:
         raise ConfigError(
             f"{path} is no whole comparison; repeat it with asg evaluate {run.path}"
         ) from None
+
+
+def is_imported(run: RunFolder) -> bool:
+    """Whether the run is of a policy that the original's code saved.
+
+    Raises:
+        ConfigError: `provenance.json` is missing or damaged.
+    """
+    return "imported" in read_provenance(run)
 
 
 def training_cost(run: RunFolder) -> dict[str, int]:
@@ -420,14 +437,19 @@ def summarise(rows: Sequence[Row], experiment: Experiment) -> dict[str, Any]:
     assert labels is not None  # `compare` has refused
     by_class = labels.numpy()
     classes = by_class if experiment.env.metric == "mean_recall" else None
+    count = experiment.classes
     primary = rows[0].correct()
     table = []
     for row in rows:
         correct = row.correct()
-        scores = score(correct, classes)
+        scores = score(correct, classes, count)
         estimate = bootstrap_iqm(
-            correct, numpy_generator(EVALUATION_SEED, "bootstrap", row.name), classes=classes
+            correct,
+            numpy_generator(EVALUATION_SEED, "bootstrap", row.name),
+            classes=classes,
+            count=count,
         )
+        retention = [r.retention for rs in row.results for r in rs if r.retention is not None]
         episodes = [r.episode for results in row.results for r in results]
         entry: dict[str, Any] = {
             "name": row.name,
@@ -437,8 +459,8 @@ def summarise(rows: Sequence[Row], experiment: Experiment) -> dict[str, Any]:
             "mean": float(scores.mean()),
             "std_over_instances": float(scores.std()),
             "overall_accuracy": float(correct.mean()),
-            "mean_recall": float(score(correct, by_class).mean()),
-            "retention": float(np.mean([r.retention for rs in row.results for r in rs])),
+            "mean_recall": float(score(correct, by_class, count).mean()),
+            "retention": float(np.mean(retention)) if retention else None,
             "diverged": float(np.mean([e.diverged for e in episodes])),
             "cost": {
                 "episodes": row.tuning_episodes,
@@ -453,6 +475,7 @@ def summarise(rows: Sequence[Row], experiment: Experiment) -> dict[str, Any]:
                 numpy_generator(EVALUATION_SEED, "difference", row.name),
                 minus=correct,
                 classes=classes,
+                count=count,
             )
             entry["controller_minus_this"] = _plain(difference)
         table.append(entry)

@@ -80,10 +80,11 @@ class Experiment:
         self.seed = seed
 
     @cached_property
-    def _loaded(self) -> tuple[dict[str, str], torch.Tensor | None]:
+    def _loaded(self) -> tuple[dict[str, str], torch.Tensor | None, int]:
         task = task_of(self.task, self.env)
         test = task.splits.get("test")
-        return dict(task.layer_groups), None if test is None else test.labels
+        labels = None if test is None else test.labels
+        return dict(task.layer_groups), labels, len(task.optimizee.head_weight())
 
     @property
     def layer_groups(self) -> dict[str, str]:
@@ -94,6 +95,11 @@ class Experiment:
     def test_labels(self) -> torch.Tensor | None:
         """Labels of the test split, (N,); None where the target domain has none."""
         return self._loaded[1]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that the network tells apart."""
+        return self._loaded[2]
 
     def check(self) -> None:
         """Load the task and build the agent, so that a setting that fits neither is found early.

@@ -45,7 +45,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         f"{estimate['low']:.3f} to {estimate['high']:.3f}",
         f"{entry['mean']:.3f} ± {entry['std_over_instances']:.3f}",
         f"{entry['overall_accuracy']:.3f}",
-        f"{entry['retention']:.3f}",
+        "–" if entry["retention"] is None else f"{entry['retention']:.3f}",
         f"{entry['diverged']:.0%}",
         str(entry["cost"]["episodes"]),
         ""

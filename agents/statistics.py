@@ -40,6 +40,7 @@ def bootstrap_iqm(
     generator: np.random.Generator,
     minus: np.ndarray | None = None,
     classes: np.ndarray | None = None,
+    count: int | None = None,
 ) -> Estimate:
     """IQM over (training seeds x instances) with an interval from a hierarchical bootstrap.
 
@@ -57,6 +58,7 @@ def bootstrap_iqm(
         classes: If given, each image's class, shape (N,): the figure of a (seed, instance) is
             the mean per-class recall instead of the accuracy, and images are drawn within their
             class.
+        count: See `score`.
 
     Returns:
         Estimate with a percentile interval of `CONFIDENCE`.
@@ -72,9 +74,10 @@ def bootstrap_iqm(
     strata = [np.arange(images)]
     if classes is not None:
         strata = [np.flatnonzero(classes == label) for label in np.unique(classes)]
-    units = score(correct, classes)
+    shares = len(strata) if classes is None or count is None else count
+    units = score(correct, classes, count)
     if minus is not None:
-        units = units - score(minus, classes)
+        units = units - score(minus, classes, count)
     value = float(interquartile_mean(units.reshape(-1)))
     draws = np.empty(RESAMPLES)
     block = 100  # resamples at a time: bounds the memory of the weight matrix
@@ -83,7 +86,7 @@ def bootstrap_iqm(
         for rows in strata:
             n = len(rows)
             drawn = generator.multinomial(n, np.full(n, 1 / n), size=block)
-            weights[:, rows] = drawn / (n * len(strata))
+            weights[:, rows] = drawn / (n * shares)
         left = _weighted(correct, weights)
         right = _weighted(minus, weights) if minus is not None else np.zeros((1, instances, 1))
         for index in range(block):
@@ -98,17 +101,19 @@ def bootstrap_iqm(
     return Estimate(value, float(low), float(high), seeds, instances)
 
 
-def score(correct: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+def score(correct: np.ndarray, classes: np.ndarray | None, count: int | None = None) -> np.ndarray:
     """Accuracy of each (seed, instance), or mean per-class recall, shape (S, I).
 
     Args:
         correct: Bool, shape (S, I, N).
         classes: Each image's class, shape (N,), for the mean per-class recall.
+        count: Number of classes; those without images count as a recall of 0, as in
+            `asg_env.core.evaluation`. If left out, all have images.
     """
     if classes is None:
         return np.asarray(correct.mean(axis=-1))
     recalls = [correct[..., classes == label].mean(axis=-1) for label in np.unique(classes)]
-    return np.asarray(np.mean(recalls, axis=0))
+    return np.asarray(np.sum(recalls, axis=0) / (len(recalls) if count is None else count))
 
 
 def bootstrap_values(

@@ -238,13 +238,13 @@ class Trainer:
             )
         return agreed.float().mean().item()
 
-    def retention(self) -> float:
+    def retention(self) -> float | None:
         """What is left of the old task: accuracy of the old head on its held-out images.
 
-        Where nobody labelled them, agreement with the teacher; 0 where there are none.
+        Where nobody labelled them, agreement with the teacher; None where there are none.
         """
         if "old_task" not in self.splits:
-            return 0.0
+            return None
         if self.splits["old_task"].labels is None:
             return self.agreement("old_task")
         return self.evaluate("old_task").accuracy

@@ -804,3 +804,18 @@ def test_fit_reports_a_diverged_training_in_valid_json(asg, schedule, tmp_path):
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert record["test_accuracy"] == 0
     assert record["windows"][-1]["diverged"] is True
+
+
+def test_fit_without_an_old_task_says_so(asg, image_folders, tmp_path):
+    source, target = image_folders
+    values = {"source": source, "target": target, "backbone": "torchvision:resnet18"}
+    values |= {"weights": "random", "image_size": 32, "batch_size": 4, "horizon": 1}
+    values |= {"inner_steps": 1, "outer_valid_fraction": 0, "reward": "train_loss"}
+    sets = [part for key, value in values.items() for part in ("--set", f"env.{key}={value}")]
+    out = tmp_path / "fit"
+
+    result = asg("fit", "ASG/ImageFolder-v0", "--baseline", "uniform", "--out", out, *sets)
+
+    assert result.status == 0, result.err
+    assert ", no old task to retain\n" in result.out
+    assert json.loads((out / "fit.json").read_text())["retention"] is None

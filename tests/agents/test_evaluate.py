@@ -1,6 +1,7 @@
 import ast
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from agents.evaluate import (
 )
 from agents.experiment import RunFolder
 from agents.policy import RandomPolicy
+from agents.results import results_markdown
 from agents.rollout import run_controller, run_policy
 from agents.statistics import interquartile_mean
 from agents.train import load_policies, train
@@ -343,6 +345,48 @@ def test_summary_counts_diverged_runs_as_zero(rows, make_env, make_experiment, i
     assert entry["retention"] == 0.0
 
 
+def test_summary_says_nothing_of_a_retention_that_was_not_measured(rows, make_experiment):
+    def without(row):
+        results = [[replace(r, retention=None) for r in results] for results in row.results]
+        return replace(row, results=results)
+
+    summary = summarise([without(row) for row in rows[:2]], make_experiment())
+    assert [entry["retention"] for entry in summary["rows"]] == [None, None]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    lines = results_markdown(summary).splitlines()
+    column = lines[2].split(" | ").index("retention")
+    assert {line.split(" | ")[column] for line in lines[4:6]} == {"–"}
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_retention_is_unknown_without_an_old_task(env, monkeypatch, diverged):
+    monkeypatch.delitem(env.trainer.splits, "old_task")
+    assert evaluate.test_network(env.trainer, diverged)[1] is None
+
+
+def test_summary_agrees_with_the_environment_on_a_class_without_images(
+    make_env, make_experiment, instance, monkeypatch
+):
+    env = make_env()
+    monkeypatch.setitem(
+        env.trainer.splits,
+        "test",
+        env.trainer.splits["test"].select(
+            torch.nonzero(env.trainer.splits["test"].labels != 4).flatten()
+        ),
+    )
+    result = judge_controller(env, Static((0.1,) * 5), instance)
+    experiment = make_experiment(env={"metric": "mean_recall"})
+    groups, _, classes = experiment._loaded
+    experiment.__dict__["_loaded"] = (groups, env.trainer.splits["test"].labels, classes)
+    (entry,) = summarise([Row("controller", "", [[result]])], experiment)["rows"]
+    recall = env.trainer.evaluate("test").mean_recall
+    assert 0 < recall <= 4 / 5
+    assert entry["mean_recall"] == pytest.approx(recall, abs=1e-6)
+    assert entry["accuracy"]["iqm"] == pytest.approx(recall, abs=1e-6)
+    assert entry["accuracy"]["low"] <= recall <= entry["accuracy"]["high"]
+
+
 @pytest.mark.parametrize(("better", "first"), [(True, True), (False, False)])
 def test_the_mode_that_does_better_on_train_instances_comes_first(
     run, inline_pool, monkeypatch, better, first
@@ -371,11 +415,12 @@ def test_no_real_label_chooses_the_mode_where_the_reward_reads_none(
     make_experiment, trained_run, tmp_path, reward
 ):
     run = RunFolder(tmp_path, make_experiment(env={"reward": reward}))
-    no_pool = None  # not an episode is run
-    assert Evaluation(run, no_pool, groups=5)._better_first(load_policies(trained_run)) == (
-        (True, False),
-        {},
-    )
+    run.write_json("provenance.json", {})
+    policies, no_pool = load_policies(trained_run), None  # not an episode is run
+    evaluation = Evaluation(run, no_pool, groups=5)
+    assert evaluation._better_first(policies) == ((True, False), {})
+    run.write_json("provenance.json", {"imported": {"file": "policy.pth"}})
+    assert evaluation._better_first(policies) == ((False, True), {})  # as the original acted
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,16 @@ def test_score_is_accuracy_or_mean_recall_of_each_run():
     assert score(correct, UNBALANCED).shape == (1, 2)
 
 
+def test_score_and_bootstrap_count_a_class_without_images_as_zero():
+    correct = rng().random((2, 6, 7)) < 0.6
+    present, all_classes = score(correct, UNBALANCED), score(correct, UNBALANCED, count=4)
+
+    np.testing.assert_allclose(all_classes, present * 3 / 4)
+    ours, theirs = (bootstrap_iqm(correct, rng(1), classes=UNBALANCED, count=n) for n in (4, 3))
+    assert ours.value == pytest.approx(theirs.value * 3 / 4)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low * 3 / 4, theirs.high * 3 / 4))
+
+
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_score_does_not_depend_on_the_order_of_images(order):
     correct = rng().random((2, 3, 7)) < 0.5

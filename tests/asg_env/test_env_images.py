@@ -177,7 +177,7 @@ def test_reward_without_real_labels_is_accepted_where_none_are_held_out(make, re
     transitions = rollout(env, seed=0)
 
     assert "outer_valid" not in env.trainer.splits
-    assert env.trainer.retention() == 0.0
+    assert env.trainer.retention() is None
     for info in infos_of(transitions):
         assert not [key for key in info if key.endswith("outer_valid")]
         assert f"reward/{reward}" in info
