@@ -44,23 +44,23 @@ class HostImages:
         self.shape = torch.Size((len(rows), *shape))
         self.device = device or torch.device("cpu")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="images")
-        self._ahead: tuple[Tensor, Future[Tensor]] | None = None
+        self._ahead: tuple[Tensor | slice, Future[Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def prefetch(self, index: Tensor) -> None:
+    def prefetch(self, index: Tensor | slice) -> None:
         """Start to read what `gather` will probably be asked for next; it may be asked otherwise.
 
         Args:
-            index: Positions within the split, int64, shape (B,), on the CPU.
+            index: Positions within the split: int64, shape (B,), on the CPU, or a slice.
         """
         self._ahead = (index, self._reader.submit(self._load, index))
 
     def gather(self, index: Tensor | slice) -> Tensor:
         """Return images as uint8, (B, C, H, W) in channels-last memory, on the device."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and isinstance(index, Tensor) and torch.equal(ahead[0], index):
+        if ahead is not None and _same(ahead[0], index):
             pixels = ahead[1].result()
         else:
             pixels = self._load(index)
@@ -82,6 +82,12 @@ class HostImages:
         pixels = torch.from_numpy(self._read(rows))
         # Pinned here, which is the reader's thread unless nothing was read ahead.
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+
+def _same(ours: Tensor | slice, theirs: Tensor | slice) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    return isinstance(ours, slice) and isinstance(theirs, slice) and ours == theirs
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asg_env.core.data import Split
+from asg_env.core.data import HostImages, Split
 from asg_env.core.objectives import task_loss
 
 Metric = Literal["accuracy", "mean_recall"]
@@ -71,15 +71,17 @@ def evaluate_split(
         ValueError: The split has no labels.
     """
     labels = data.known_labels()
-    logits = scores = forward_all(data, forward)
-    passes: tuple[Tensor, ...] = (logits,)
-    finite = _finite_rows(logits)
     if flip_average:
-        mirrored = forward_all(data, lambda images: forward(images.flip(3)))
-        passes = (logits, mirrored)
+        both = forward_all(data, lambda x: torch.stack((forward(x), forward(x.flip(3))), dim=1))
+        passes = both.unbind(dim=1)
+        scores = (passes[0].sigmoid() + passes[1].sigmoid()) / 2
         # The sigmoid of an infinite logit is finite.
-        finite &= _finite_rows(mirrored)
-        scores = (logits.sigmoid() + mirrored.sigmoid()) / 2
+        finite = _finite_rows(passes[0]) & _finite_rows(passes[1])
+    else:
+        scores = forward_all(data, forward)
+        passes = (scores,)
+        finite = _finite_rows(scores)
+    logits = passes[0]
     predicted = scores.argmax(dim=1).where(finite, -1)
     correct = predicted == labels
     per_image = recall_weights(labels, logits.shape[1])
@@ -109,11 +111,17 @@ def recall_weights(labels: Tensor, classes: int) -> Tensor:
 
 
 def forward_all(data: Split, forward: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `forward` to a whole split, batch by batch; shape (N, C)."""
+    """Apply `forward` to a whole split, batch by batch, host images one batch ahead; (N, ...)."""
     height, width = data.images.shape[2:]
     batch = max(SMALLEST_BATCH, min(LARGEST_BATCH, PIXELS // (height * width)))
     parts = [slice(start, start + batch) for start in range(0, len(data), batch)]
-    return torch.cat([forward(data.batch(part)) for part in parts])
+    found = []
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        images = data.batch(part)
+        if following is not None and isinstance(data.images, HostImages):
+            data.images.prefetch(following)
+        found.append(forward(images))
+    return torch.cat(found)
 
 
 def _finite_rows(logits: Tensor) -> Tensor:

@@ -127,6 +127,19 @@ def test_host_images_read_a_batch_once_when_it_was_prefetched(make_host):
     assert log == [[7, 0, 7, 3]] * 2
 
 
+def test_host_images_read_a_slice_once_when_it_was_prefetched(make_host, resident):
+    log = []
+    images = make_host(log)
+
+    images.prefetch(slice(2, 5))
+    assert torch.equal(images.gather(slice(2, 5)), resident[2:5])
+    assert log == [[2, 3, 4]]
+
+    images.prefetch(slice(2, 5))
+    assert torch.equal(images.gather(torch.tensor([2, 3])), resident[2:4])
+    assert torch.equal(images.gather(slice(2, 4)), resident[2:4])
+
+
 def test_host_images_ignore_a_prefetch_of_another_batch(make_host, resident):
     log = []
     images = make_host(log)

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from asg_env.core import evaluation
-from asg_env.core.data import Split
+from asg_env.core.data import HostImages, Split
 from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all, recall_weights
 
 
@@ -182,6 +183,35 @@ def test_batches_do_not_matter(monkeypatch, flip_average):
         torch.testing.assert_close(result.confidence, whole.confidence)
         for name in ("accuracy", "mean_recall", "loss"):
             assert getattr(result, name) == pytest.approx(getattr(whole, name))
+
+
+@pytest.mark.parametrize("flip_average", [False, True])
+def test_host_images_are_read_once_and_one_batch_ahead(monkeypatch, flip_average):
+    monkeypatch.setattr(evaluation, "LARGEST_BATCH", 4)
+    monkeypatch.setattr(evaluation, "SMALLEST_BATCH", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 1, 2, 3)).astype(np.uint8)
+    log, seen = [], []
+
+    def read(rows):
+        log.append(rows.tolist())
+        return pixels[rows]
+
+    def forward(images):
+        host._reader.submit(lambda: None).result()  # until what was read ahead is there
+        seen.append(len(log))
+        return images[:, :, 0, 0] - images[:, :, 0, 1]
+
+    host = HostImages(read, np.arange(10), (3, 1, 2), cheap=False)
+    labels = torch.arange(10) % 3
+    resident = Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, 0.0, 1.0)
+
+    result = evaluate_split(Split(host, labels, 0.0, 1.0), forward, flip_average)
+
+    assert log == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert seen[:: 1 + flip_average] == [2, 3, 3]
+    expected = evaluate_split(resident, forward, flip_average)
+    assert torch.equal(result.correct, expected.correct)
+    assert result.loss == expected.loss
 
 
 @pytest.mark.parametrize(("side", "batch"), [(1, 512), (16, 512), (20, 327), (224, 64)])
