@@ -4,7 +4,9 @@
 
 Each size runs in a process of its own: a drawn tree of images is prepared, then ResNet-18 trains on
 the store for as many inner steps as visit every image of the larger one. Reported are the peak
-of the whole process (VmHWM) and, as it grows with what is read, the growth over the training.
+of the whole process (VmHWM) and, as it grows with what is read, the growth over the training. The
+training is augmented: without augmentation a process also remembers the teacher's outputs for
+every training image, and what these would take is printed beside it.
 """
 
 import argparse
@@ -66,6 +68,13 @@ def train(folder: Path, per_class: int, steps: int) -> None:
         f"store {stored:.0f} MiB, read at once {BATCH * SIZE * SIZE * 3 / 2**20:.1f} MiB: peak of "
         f"the process {peak_mib():.0f} MiB, of which {peak_mib() - before:+.1f} MiB while "
         f"{steps} inner steps read {steps * BATCH} images",
+        flush=True,
+    )
+    images = len(trainer.splits["train"])
+    classes = len(trainer.optimizee.old_head.get_parameter("weight"))
+    print(
+        f"with augmentation none also {images * classes * 4 / 2**20:.1f} MiB of teacher outputs: "
+        f"{images} images, {classes} float32 numbers each",
         flush=True,
     )
 
