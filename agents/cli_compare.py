@@ -16,8 +16,7 @@ from agents.comparison import ComparisonSettings, Plan
 from agents.experiment import config_path, env_settings, provenance, write_text
 from agents.rollout import WorkerPool
 from asg_env.config import ConfigError, EnvSettings, read_yaml, validate
-from asg_env.core.guidance import TERMS, GuidanceError
-from asg_env.env import build_trainer, task_of
+from asg_env.env import checked_task
 from asg_env.rewards import Reward
 from asg_env.tasks.task import Task
 
@@ -49,13 +48,13 @@ def compare_command(
     settings = env_settings(task, overrides or ())
     wanted = validate(ComparisonSettings, read_yaml(config_path("compare", rows)), rows)
     plan = Plan(task, settings, wanted, controller or ())
-    loaded = task_of(task, settings)
+    loaded = checked_task(task, settings)
     _check_splits(task, settings, loaded, tune_on)
-    _check_terms(plan)
     _claim_folder(out, resume, overwrite)
     comparison = Comparison(plan, out, seeds, tuning_instances, tune_on)
     labels = loaded.splits["test"].known_labels().numpy()
-    with progress_bar("compare") as bar, WorkerPool(workers, TrialRunner, (task,)) as pool:
+    pool = WorkerPool(workers, TrialRunner, (task, workers))
+    with progress_bar("compare") as bar, pool:
         progress = bar.add_task("compare", total=comparison.trainings(), numbers="")
         said = ""
 
@@ -80,7 +79,8 @@ def compare_command(
         "test_images": len(labels),
         "settings": settings.model_dump(exclude_none=True),
     }
-    summary = summarise(finished, wanted.claims, settings.metric, labels)
+    classes = loaded.optimizee.head_weight().shape[0]
+    summary = summarise(finished, wanted.claims, settings.metric, labels, classes)
     record = {"about": about, **summary, "provenance": provenance()}
     write_text(out / "compare.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "compare.md", markdown(summary, about))
@@ -101,23 +101,6 @@ def _check_splits(task: str, settings: EnvSettings, loaded: Task, tune_on: str) 
                 f"{use} needs {what} of {split}, which {task} does not have with these settings; "
                 "change them with --set"
             )
-
-
-def _check_terms(plan: Plan) -> None:
-    """Build what a setting may have named wrongly, before hours are spent; importances are not."""
-    trainer = build_trainer(plan.task, plan.env)
-    for wanted in plan.wanted.rows:
-        method = next(iter(plan.row(wanted, shared=1.0).candidates.values()))
-        method.controller(trainer)
-        terms = {
-            name: term
-            for name, term in method.settings.guidance_terms().items()
-            if term.options or name not in TERMS
-        }
-        try:
-            trainer.guide(terms)
-        except GuidanceError as error:
-            raise ConfigError(f"`rows.{wanted.name}.guidance`: {error}; mend the file") from None
 
 
 def _claim_folder(out: Path, resume: bool, overwrite: bool) -> None:

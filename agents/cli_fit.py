@@ -23,9 +23,10 @@ from agents.cli_options import (
     policy_of_seed,
     progress_bar,
 )
-from agents.evaluate import acts_greedily, retention_of, test_figures
+from agents.evaluate import acts_greedily
 from agents.experiment import RunFolder, env_settings, write_text
 from agents.fit import LiveController, ScheduleController, fit
+from agents.judgement import judge_network, retention_of
 from agents.policy import Policy
 from agents.rules import RULE_FAMILIES
 from asg_env.config import ConfigError, EnvSettings, validate
@@ -111,9 +112,19 @@ def fit_command(
     records = _fit_with_progress(trainer, source, instance, settings.windows())
     seconds = time.perf_counter() - began
     diverged = records[-1]["diverged"]
-    tested = "test" in trainer.splits  # it is not where the target domain has no labels
-    accuracy, recall = (None, None) if not tested else test_figures(trainer, diverged)
     retention = retention_of(trainer, diverged)
+    figures: dict[str, Any] = {"test_accuracy": None, "test_mean_recall": None}
+    if "test" in trainer.splits:  # it is not where the target domain has no labels
+        judged = judge_network(trainer, diverged)
+        figures = {
+            "test_accuracy": float(judged.correct.mean()),
+            "test_mean_recall": float(judged.recalls.mean()),
+            "test_recall_per_class": judged.recalls.tolist(),
+            "test_confusion": judged.confusion.tolist(),
+            "test_calibration_error": judged.calibration_error,
+            "test_hyperspherical_energies": judged.energies,
+        }
+    accuracy, recall = figures["test_accuracy"], figures["test_mean_recall"]
     _save_fit(
         out,
         trainer,
@@ -124,8 +135,7 @@ def fit_command(
             "training_seed": None if policy is None else training_seed,
             "instance": instance.to_dict(),
             "settings": settings.model_dump(exclude_none=True),
-            "test_accuracy": accuracy,
-            "test_mean_recall": recall,
+            **figures,
             "retention": retention,
             "windows": [_finite(record) for record in records],
         },

@@ -21,6 +21,7 @@ from agents.rollout import WorkerPool
 from agents.search import train_instances
 from asg_env.config import ConfigError, EnvSettings
 from asg_env.core.evaluation import Metric
+from asg_env.core.guidance import TERMS, GuidanceError
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
 from asg_env.env import build_trainer
@@ -33,8 +34,8 @@ Report = Callable[[str, int], None]  # (row, trainings done since the last repor
 class TrialRunner:
     """Trains networks in a worker process; the trainer is kept while its settings stay."""
 
-    def __init__(self, task: str) -> None:
-        self._task = task
+    def __init__(self, task: str, processes: int) -> None:
+        self._task, self._processes = task, processes
         self._settings: EnvSettings | None = None
         self._trainer: Trainer | None = None
 
@@ -43,7 +44,9 @@ class TrialRunner:
         # Guidance can be changed in place, which keeps what the teacher remembers.
         bare = settings.model_copy(update={"guidance": None, "kl_weight": None})
         if self._trainer is None or bare != self._settings:
-            self._trainer, self._settings = build_trainer(self._task, settings), bare
+            settings_only = bare.model_copy(update={"guidance": {}})
+            self._trainer = build_trainer(self._task, settings_only, self._processes)
+            self._settings = bare
         self._trainer.guide(settings.guidance_terms())
         return self._trainer
 
@@ -85,6 +88,22 @@ def train_once(
     extra = getattr(controller, "extra_inner_steps", 0)
     last = records[-1]
     return trainer, Training(last["inner_step"] + extra, seconds, drifts, last["diverged"])
+
+
+def check_method(runner: TrialRunner, row: str, method: Method) -> None:
+    """Build what a row may have named wrongly, before hours are spent; importances are not built.
+
+    Raises:
+        ConfigError: The rule or a guidance term cannot be built.
+    """
+    bare = method.settings.model_copy(update={"guidance": {}, "kl_weight": None})
+    trainer = runner.trainer_for(bare)
+    method.controller(trainer)
+    terms = method.settings.guidance_terms()
+    try:
+        trainer.guide({n: t for n, t in terms.items() if t.options or n not in TERMS})
+    except GuidanceError as error:
+        raise ConfigError(f"`rows.{row}.guidance`: {error}; mend the file") from None
 
 
 def tuning_trial(
@@ -153,10 +172,16 @@ class Comparison:
         """Run what is missing; return the finished rows in the order of the file.
 
         Raises:
-            ConfigError: A finished row's file is damaged.
+            ConfigError: A row cannot be built, or a finished row's file is damaged.
         """
+        any_rate = 1.0
+        checks = [
+            (row.name, next(iter(self.plan.row(row, any_rate).candidates.values())))
+            for row in self.plan.wanted.rows
+        ]
+        list(pool.map(check_method, checks))
         done: dict[str, dict[str, Any]] = {}
-        shared = 1.0
+        shared = any_rate
         for wanted in self.plan.ordered():
             done[wanted.name] = self._finished(wanted.name) or self._run_row(
                 pool, wanted, shared, report

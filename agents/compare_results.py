@@ -48,7 +48,7 @@ def values_of(row: Mapping[str, Any], figure: str) -> np.ndarray:
 def estimate(
     row: Mapping[str, Any],
     figure: str,
-    classes: np.ndarray | None,
+    classes: tuple[np.ndarray, int] | None,
     minus: Mapping[str, Any] | None = None,
 ) -> Estimate | None:
     """Interquartile mean of a figure, or of its paired difference from another row.
@@ -56,21 +56,23 @@ def estimate(
     Args:
         row: A finished row.
         figure: `accuracy`, `retention`, `hse_0` to `hse_2`, `calibration_error`.
-        classes: Each test image's class if `accuracy` is to mean the mean per-class recall.
+        classes: Each test image's class, and how many there are, if `accuracy` is to mean the mean
+            per-class recall.
         minus: The row that is taken off.
     """
     other = "" if minus is None else str(minus["name"])
     generator = numpy_generator(SUMMARY_SEED, figure, row["name"], other)
     if figure == "accuracy":
         taken = None if minus is None else correct_of(minus)
-        return bootstrap_iqm(correct_of(row), generator, minus=taken, classes=classes)
+        by_class, count = classes or (None, None)
+        return bootstrap_iqm(correct_of(row), generator, taken, by_class, count)
     return bootstrap_values(
         values_of(row, figure), generator, None if minus is None else values_of(minus, figure)
     )
 
 
 def summarise(
-    rows: Rows, claims: Sequence[ClaimSettings], metric: Metric, labels: np.ndarray
+    rows: Rows, claims: Sequence[ClaimSettings], metric: Metric, labels: np.ndarray, count: int
 ) -> dict[str, Any]:
     """Reduce finished rows to the numbers of `compare.json`.
 
@@ -79,8 +81,9 @@ def summarise(
         claims: What is tested; those about a row that is not there are left out, and listed.
         metric: What `accuracy` counts.
         labels: Each test image's class, (N,).
+        count: Number of classes.
     """
-    classes = labels if metric == "mean_recall" else None
+    classes = (labels, count) if metric == "mean_recall" else None
     table = []
     for row in rows:
         flat = [result for seed in row["results"] for result in seed]
@@ -95,7 +98,7 @@ def summarise(
         confusion = np.sum([result["confusion"] for result in flat], axis=0)
         entry |= {
             "overall_accuracy": float(correct.mean()),
-            "mean_recall": float(score(correct, labels).mean()),
+            "mean_recall": float(score(correct, labels, count).mean()),
             "inner_steps": float(np.mean([result["inner_steps"] for result in flat])),
             "seconds": float(np.mean([result["seconds"] for result in flat])),
             "diverged": float(np.mean([result["diverged"] for result in flat])),
@@ -105,7 +108,7 @@ def summarise(
                 float(correct[..., labels == label].mean()) for label in np.unique(labels)
             ],
             "confusion": confusion.tolist(),
-            "per_instance": score(correct, classes).round(6).tolist(),
+            "per_instance": score(correct, *(classes or (None, None))).round(6).tolist(),
         }
         table.append(entry)
     by_name = {row["name"]: row for row in rows}

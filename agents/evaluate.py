@@ -1,7 +1,7 @@
 """The evaluation protocol: controllers and baselines on the published test instances.
 
-The only module that reads the test split. Everything that is tuned or searched is chosen on
-outer_valid of *train* instances before any test image is looked at.
+Everything that is tuned or searched is chosen on outer_valid of *train* instances before any test
+image is looked at.
 """
 
 import json
@@ -14,6 +14,7 @@ import numpy as np
 
 from agents.baselines import FAMILIES, Controller, KnownScale, Static
 from agents.experiment import Experiment, RunFolder, read_provenance
+from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, SearchResult, search_static, train_instances
@@ -21,7 +22,6 @@ from agents.statistics import Estimate, bootstrap_iqm, score
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
-from asg_env.core.trainer import Trainer
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import SCALE_RANGE, Instance, published_test_instances
 from asg_env.rewards import Reward
@@ -38,35 +38,12 @@ class TestResult:
     Attributes:
         episode: Its record.
         correct: Per test image, bool, shape (N,); all False after divergence.
-        retention: See `retention_of`.
+        retention: See `agents.judgement.retention_of`.
     """
 
     episode: Episode
     correct: np.ndarray
     retention: float | None
-
-
-def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float | None]:
-    """Return which test images are right, (N,), none after divergence, and retention."""
-    retention = retention_of(trainer, diverged)
-    if diverged:
-        return np.zeros(len(trainer.splits["test"]), dtype=bool), retention
-    return trainer.evaluate("test").correct.numpy(), retention
-
-
-def retention_of(trainer: Trainer, diverged: bool) -> float | None:
-    """Return `Trainer.retention`, 0 after divergence; None where it cannot be measured."""
-    if diverged and "old_task" in trainer.splits:
-        return 0.0
-    return trainer.retention()
-
-
-def test_figures(trainer: Trainer, diverged: bool) -> tuple[float, float]:
-    """Return accuracy and mean per-class recall on the test split; zeros after divergence."""
-    if diverged:
-        return 0.0, 0.0
-    result = trainer.evaluate("test")
-    return result.accuracy, result.mean_recall
 
 
 def judge_policy(

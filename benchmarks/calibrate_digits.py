@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from agents.baselines import LEVELS, frozen_backbone, small_backbone, uniform
-from agents.evaluate import test_network
+from agents.judgement import test_network
 from asg_env.actions import GRIDS
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import numpy_generator

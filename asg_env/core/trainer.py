@@ -83,6 +83,7 @@ class Trainer:
             settings: How it is trained.
             guidance: See `guide`.
             device: Where it is trained.
+            processes: How many share the device, each with a trainer of its own.
 
         Raises:
             ValueError: The layer groups do not cover the network.

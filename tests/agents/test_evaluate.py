@@ -11,7 +11,7 @@ import torch
 
 import agents
 import asg_env
-from agents import evaluate
+from agents import evaluate, judgement
 from agents.baselines import FAMILIES, KnownScale, Static
 from agents.evaluate import (
     Evaluation,
@@ -67,7 +67,7 @@ def test_test_split_is_evaluated_by_one_module_alone():
     assert evaluates_test('trainer.evaluate(split="test")')
     assert not evaluates_test('trainer.evaluate("outer_valid")')
     found = [path for path in SOURCES if evaluates_test(path.read_text(encoding="utf-8"))]
-    assert found == [Path(evaluate.__file__)]
+    assert found == [Path(judgement.__file__)]
 
 
 def test_no_reward_is_measured_on_the_test_split():
@@ -142,10 +142,10 @@ def test_judge_scores_a_diverged_run_zero(make_env, instance):
 
 def test_judge_scores_divergence_zero_whatever_the_network_answers(env, instance):
     run_controller(env, Static((0.1,) * 5), instance)
-    correct, retention = evaluate.test_network(env.trainer, diverged=False)
+    correct, retention = judgement.test_network(env.trainer, diverged=False)
     assert correct.mean() > 0.2
     assert retention > 0.5
-    correct, retention = evaluate.test_network(env.trainer, diverged=True)
+    correct, retention = judgement.test_network(env.trainer, diverged=True)
     assert correct.shape == (1500,)
     assert not correct.any()
     assert retention == 0.0
@@ -361,7 +361,7 @@ def test_summary_says_nothing_of_a_retention_that_was_not_measured(rows, make_ex
 @pytest.mark.parametrize("diverged", [False, True])
 def test_retention_is_unknown_without_an_old_task(env, monkeypatch, diverged):
     monkeypatch.delitem(env.trainer.splits, "old_task")
-    assert evaluate.test_network(env.trainer, diverged)[1] is None
+    assert judgement.test_network(env.trainer, diverged)[1] is None
 
 
 def test_summary_agrees_with_the_environment_on_a_class_without_images(

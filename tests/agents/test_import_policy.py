@@ -282,7 +282,7 @@ def test_imported_run_is_evaluated_at_an_unknown_cost(importing, asg, inline_poo
     assert (result.status, result.err) == (0, "")
     assert "static search" not in result.out
     rows = json.loads((run.path / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert rows[0]["name"] == "controller (greedy)"
+    assert rows[0]["name"] == "controller (sampled)"  # as the original acts
     assert rows[0]["cost"] == {"episodes": 0, "inner_steps": 0, "validation_images": 0}
 
 

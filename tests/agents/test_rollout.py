@@ -234,4 +234,5 @@ def test_rollout_pool_tells_each_worker_how_many_share_the_device(make_settings,
 
     RolloutPool(TASK, settings, workers=3)
 
-    assert started[0]["initargs"] == (TASK, settings, 3)
+    build, arguments = started[0]["initargs"]
+    assert (build, arguments) == (LayerwiseLREnv, (TASK, settings, None, 3))
