@@ -109,7 +109,7 @@ def _claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
     rows = out / "rows"
     if rows.exists() and overwrite:
         shutil.rmtree(rows)
-    if rows.exists() and not resume:
+    if rows.exists() and any(rows.iterdir()) and not resume:
         raise ConfigError(
             f"{out} already holds a comparison; add --resume to go on with it, --overwrite to "
             "start anew, or choose another --out"

@@ -176,7 +176,7 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         parts += ["No row of a learned controller: none was given (`--controller RUN`).", ""]
     claims = [
         [
-            claim["claim"],
+            claim["claim"] + (" [original]" if claim["original"] else ""),
             claim["figure"].replace("_", " "),
             f"{claim['iqm']:+.3f} ({claim['low']:+.3f} to {claim['high']:+.3f})",
             claim["verdict"],
@@ -184,7 +184,7 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         for claim in summary["claims"]
     ]
     if claims:
-        parts += ["Claims of the original's table, as paired differences over the same instances:"]
+        parts += ["Claims, as paired differences over the same instances; [original]: its table's."]
         parts += ["", *_table(["claim", "figure", "difference", "here"], claims), ""]
     if summary["claims_not_tested"]:
         parts += [f"Not tested: {'; '.join(summary['claims_not_tested'])}.", ""]

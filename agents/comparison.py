@@ -43,6 +43,7 @@ class ClaimSettings(Settings):
     """A statement that one row is above another, to be tested."""
 
     claim: str
+    original: bool = False  # what the original's table says
     figure: Figure
     better: str
     worse: str
@@ -144,7 +145,7 @@ class Plan:
         for row in wanted.rows:
             self.row(row, shared=1.0)
         self.controllers = [self._controller(path, number) for number, path in enumerate(runs)]
-        known = {*names, CONTROLLER}
+        known = {*names, *(f"{CONTROLLER} {number}" for number in range(2, 10)), CONTROLLER}
         for claim in wanted.claims:
             for name in (claim.better, claim.worse):
                 if name not in known:
@@ -247,7 +248,7 @@ class Plan:
         values = {
             "task": self.task,
             "env": self.env.model_dump(mode="json"),
-            "rows": self.wanted.model_dump(mode="json"),
+            "rows": [row.model_dump(mode="json") for row in self.wanted.rows],
             "controllers": [[row.name, row.reward, row.checkpoints] for row in self.controllers],
         }
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,10 +1,17 @@
+import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from agents.cli import main
+from agents.comparison import RowSettings
 from agents.experiment import TrainSettings
 from agents.reinforce import ReinforceSettings
+from agents.rules import RULES
 from asg_env.config import EnvSettings
+from asg_env.core.guidance import TERMS
 from asg_env.rewards import REWARD_TERMS
 from asg_env.task_settings import ImageFolderSettings, VisDA17Settings
 
@@ -41,3 +48,38 @@ def test_every_reward_term_stands_in_the_table():
     short = {"inner_valid_level", "inner_valid_terminal", "inner_valid_loss"}  # `_level`, ...
     assert set(REWARD_TERMS) - short <= listed
     assert {name.removeprefix("inner_valid") for name in short} <= listed
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for written_in, block in fenced if written_in == language]
+
+
+def test_every_guidance_term_and_rule_stands_in_a_table():
+    assert {*TERMS, *RULES} <= first_cells("guidance.md")
+    assert {*RowSettings.model_fields} - {"share_rate"} <= first_cells("guidance.md")
+
+
+def test_code_and_commands_of_the_guidance_page_run(tmp_path, monkeypatch, capsys):
+    term, rule = blocks("guidance.md", "python")
+    (rows,) = blocks("guidance.md", "yaml")
+    (tmp_path / "sparse.py").write_text(term)
+    (tmp_path / "halving.py").write_text(rule)
+    (tmp_path / "mine.yaml").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    text = "".join(blocks("guidance.md", "")).replace("\\\n", " ")
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("asg ")]
+    commands = [words for words in lines if words[1] == "fit"]
+    assert len(commands) == 4
+    small = ["--set", "env.horizon=2", "--set", "env.inner_steps=2"]
+    compare = ["compare", "ASG/Digits-v0", "--rows", "mine.yaml", "--seeds", "2", "--workers", "1"]
+    commands.append(["asg", *compare, "--out", "mine", "--tuning-instances", "1"])
+    for words in commands:
+        monkeypatch.setattr("sys.argv", [*words, *small])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "model-sparse" / "fit.json").read_text())["windows"][-1]
+    assert found["guidance"]["Sparse"] > 0
+    assert (tmp_path / "mine" / "compare.md").exists()
