@@ -37,6 +37,7 @@ from agents.rollout import RolloutPool
 from agents.train import estimate_minutes, load_policies, train
 from asg_env.config import ConfigError
 from asg_env.core.numerics import NotRepeatableError
+from asg_env.core.optimizers import OneRateError
 from asg_env.tasks.listing import DataError
 
 app = typer.Typer(
@@ -243,7 +244,8 @@ def main() -> None:
                 file=sys.stderr,
             )
             sys.exit(2)
-        if message is None and not isinstance(error, (ConfigError, DataError, NotRepeatableError)):
+        sentences = (ConfigError, DataError, NotRepeatableError, OneRateError)
+        if message is None and not isinstance(error, sentences):
             raise
         print(f"asg: {message() if message else error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.comparison import Method, Plan, Row, RowSettings
+from agents.comparison import Method, Plan, Row, RowSettings, file_name
 from agents.experiment import write_text
 from agents.fit import fit
 from agents.judgement import judge_network
@@ -35,7 +35,7 @@ class TrialRunner:
     """Trains networks in a worker process; the trainer is kept while its settings stay."""
 
     def __init__(self, task: str, processes: int) -> None:
-        self._task, self._processes = task, processes
+        self.task, self._processes = task, processes
         self._settings: EnvSettings | None = None
         self._trainer: Trainer | None = None
 
@@ -45,7 +45,7 @@ class TrialRunner:
         bare = settings.model_copy(update={"guidance": None, "kl_weight": None})
         if self._trainer is None or bare != self._settings:
             settings_only = bare.model_copy(update={"guidance": {}})
-            self._trainer = build_trainer(self._task, settings_only, self._processes)
+            self._trainer = build_trainer(self.task, settings_only, self._processes)
             self._settings = bare
         self._trainer.guide(settings.guidance_terms())
         return self._trainer
@@ -91,17 +91,20 @@ def train_once(
 
 
 def check_method(runner: TrialRunner, row: str, method: Method) -> None:
-    """Build what a row may have named wrongly, before hours are spent; importances are not built.
+    """Try what a row may have named wrongly, before hours are spent; importances are not built.
 
     Raises:
         ConfigError: The rule or a guidance term cannot be built.
     """
     bare = method.settings.model_copy(update={"guidance": {}, "kl_weight": None})
     trainer = runner.trainer_for(bare)
-    method.controller(trainer)
+    controller = method.controller(trainer)
+    trainer.reset(head_seed=0, data_seed=0)
+    controller.begin(Instance(runner.task, head_seed=0, data_seed=0), trainer)
+    trainer.run(1, controller.multipliers(0.0, None))
     terms = method.settings.guidance_terms()
     try:
-        trainer.guide({n: t for n, t in terms.items() if t.options or n not in TERMS})
+        trainer.guide({n: t for n, t in terms.items() if t.options or t.build is not TERMS.get(n)})
     except GuidanceError as error:
         raise ConfigError(f"`rows.{row}.guidance`: {error}; mend the file") from None
 
@@ -162,11 +165,15 @@ class Comparison:
         )
 
     def trainings(self) -> int:
-        """Trainings that the whole comparison takes."""
-        tuned = sum(len(next(iter(row.tune.values()))) for row in self.plan.wanted.rows if row.tune)
-        controllers = sum(len(row.seeds) for row in self.plan.controllers)
-        rows = len(self.plan.wanted.rows) + controllers
-        return tuned * len(self._tuned) + rows * len(self.tested)
+        """Trainings that are still to be done; those of finished rows are not."""
+        total = 0
+        for wanted in self.plan.wanted.rows:
+            candidates = max(map(len, wanted.tune.values()), default=1)
+            tuning = candidates * len(self._tuned) if candidates > 1 else 0
+            total += (tuning + len(self.tested)) * (not self._path(wanted.name).exists())
+        for row in self.plan.controllers:
+            total += len(row.seeds) * len(self.tested) * (not self._path(row.name).exists())
+        return total
 
     def run(self, pool: WorkerPool, report: Report) -> list[dict[str, Any]]:
         """Run what is missing; return the finished rows in the order of the file.
@@ -257,8 +264,7 @@ class Comparison:
         return f"{self.plan.digest()} {len(self.tested)} {len(self._tuned)} {self._tune_on}"
 
     def _path(self, name: str) -> Path:
-        kept = "".join(c if c.isalnum() else "-" for c in name.lower())
-        return self.folder / "rows" / f"{kept}.json"
+        return self.folder / "rows" / f"{file_name(name)}.json"
 
     def _finished(self, name: str) -> dict[str, Any] | None:
         path = self._path(name)

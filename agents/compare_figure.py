@@ -30,6 +30,7 @@ def draw_comparison(summary: Mapping[str, Any], layer_groups: Sequence[str], pat
     figure = Figure(figsize=(13, max(4.5, 1.2 + 0.28 * len(rows))), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     points, heat = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    shown: list[float] = []
     for number, row in enumerate(rows, start=1):
         accuracy, retention = row["accuracy"], row["retention"]
         if accuracy is None or retention is None:
@@ -38,6 +39,7 @@ def draw_comparison(summary: Mapping[str, Any], layer_groups: Sequence[str], pat
         # Most methods forget little: on a logarithmic axis they can be told apart.
         x, *span = (max(1 - retention[key], LEAST_FORGOTTEN) for key in ("iqm", "low", "high"))
         y = accuracy["iqm"]
+        shown += [x, *span]
         points.plot([x, x], [accuracy["low"], accuracy["high"]], color=colour, lw=1, alpha=0.3)
         points.plot(span, [y, y], color=colour, lw=1, alpha=0.3)
         points.plot(x, y, "o", color=colour, ms=4)
@@ -45,6 +47,8 @@ def draw_comparison(summary: Mapping[str, Any], layer_groups: Sequence[str], pat
             str(number), (x, y), (3, 3), textcoords="offset points", color=colour, weight="bold"
         )
     points.set_xscale("log")
+    if shown:
+        points.set_xlim(min(shown) / 1.4, max(shown) * 1.4)
     points.xaxis.set_major_locator(FixedLocator(FORGOTTEN_TICKS))
     points.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     points.xaxis.set_minor_locator(NullLocator())

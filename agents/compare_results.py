@@ -105,7 +105,8 @@ def summarise(
             "tuning": row["tuning"],
             "drifts": _mean_drifts(flat),
             "per_class_recall": [
-                float(correct[..., labels == label].mean()) for label in np.unique(labels)
+                float(correct[..., labels == label].mean()) if (labels == label).any() else None
+                for label in range(count)
             ],
             "confusion": confusion.tolist(),
             "per_instance": score(correct, *(classes or (None, None))).round(6).tolist(),
@@ -120,16 +121,31 @@ def summarise(
         better, worse = by_name[claim.better], by_name[claim.worse]
         lower_is_better = claim.figure.startswith("hse_")
         ends = (worse, better) if lower_is_better else (better, worse)
-        if len(ends[0]["results"]) < len(ends[1]["results"]):  # seeds stand on the left
-            difference = estimate(ends[1], claim.figure, classes, minus=ends[0])
-            difference = None if difference is None else _negated(difference)
-        else:
-            difference = estimate(ends[0], claim.figure, classes, minus=ends[1])
-        if difference is None:
+        difference = _difference(ends[0], ends[1], claim.figure, classes)
+        if difference is None:  # nothing to measure, or different numbers of training seeds
             untested.append(claim.claim)
             continue
         tested.append({**claim.model_dump(), **_plain(difference), "verdict": _verdict(difference)})
     return {"rows": table, "claims": tested, "claims_not_tested": untested, "metric": metric}
+
+
+def _difference(
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+    figure: str,
+    classes: tuple[np.ndarray, int] | None,
+) -> Estimate | None:
+    seeds, others = len(left["results"]), len(right["results"])
+    if others in (1, seeds):
+        return estimate(left, figure, classes, minus=right)
+    if seeds > 1:
+        return None
+    found = estimate(right, figure, classes, minus=left)
+    return (
+        None
+        if found is None
+        else Estimate(-found.value, -found.high, -found.low, found.seeds, found.instances)
+    )
 
 
 def _mean_drifts(results: Sequence[Mapping[str, Any]]) -> list[float | None]:
@@ -143,10 +159,6 @@ def _mean_drifts(results: Sequence[Mapping[str, Any]]) -> list[float | None]:
 
 def _plain(found: Estimate) -> dict[str, float]:
     return {"iqm": found.value, "low": found.low, "high": found.high}
-
-
-def _negated(found: Estimate) -> Estimate:
-    return Estimate(-found.value, -found.high, -found.low, found.seeds, found.instances)
 
 
 def _verdict(difference: Estimate) -> str:
@@ -190,7 +202,7 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         parts += [f"Not tested: {'; '.join(summary['claims_not_tested'])}.", ""]
     count = len(summary["rows"][0]["per_class_recall"])
     recalls = [
-        [row["name"], *(f"{recall:.2f}" for recall in row["per_class_recall"])]
+        [row["name"], *("–" if r is None else f"{r:.2f}" for r in row["per_class_recall"])]
         for row in summary["rows"]
     ]
     parts += ["Share of each class's test images that is right:", ""]

@@ -19,10 +19,15 @@ from agents.train import load_policies
 from asg_env.config import ConfigError, EnvSettings, Settings, validate
 from asg_env.core.trainer import Trainer
 from asg_env.task_settings import settings_class
-from asg_env.user_code import is_user_code, load
+from asg_env.user_code import absolute, is_user_code, load, text_of
 
 Figure = Literal["accuracy", "retention", "hse_0", "hse_1", "hse_2"]
 CONTROLLER = "controller"  # name of the first run's row
+
+
+def file_name(row: str) -> str:
+    """Return what a row's file is called, without its ending."""
+    return "".join(c if c.isalnum() else "-" for c in row.lower())
 
 
 class RowSettings(Settings):
@@ -130,9 +135,14 @@ class Plan:
         """
         self.task, self.env, self.wanted = task, env, wanted
         names = [row.name for row in wanted.rows]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ConfigError(f"`rows` must have different names, got '{twice[0]}' twice")
+        names_of: dict[str, str] = {file_name(CONTROLLER): CONTROLLER}
+        for name in names:
+            if file_name(name) in names_of:
+                raise ConfigError(
+                    f"`rows` must have names that differ in letters or digits, and none is "
+                    f"'{CONTROLLER}', got '{names_of[file_name(name)]}' and '{name}'; rename one"
+                )
+            names_of[file_name(name)] = name
         sharing = [row for row in wanted.rows if row.share_rate]
         if len(sharing) > 1 or (sharing and "rate" not in sharing[0].tune):
             raise ConfigError(
@@ -180,16 +190,23 @@ class Plan:
             raise ConfigError(f"`{where}.tune` must hold one coefficient with candidates; mend it")
         if ("rate" in wanted.tune) == (wanted.rate is not None) and wanted.rule != "pilot-search":
             raise ConfigError(f"`{where}.rate` must be given or tuned, and not both; mend it")
+        rule = absolute(wanted.rule) if is_user_code(wanted.rule) else wanted.rule
         rate = shared if wanted.rate == "shared" else wanted.rate or 0.0
         candidates = {}
         for key, values in wanted.tune.items() or {"": [0.0]}.items():
             for value in values:
                 settings = self._settings(wanted, where, key, value)
+                theirs, ours = sum(settings.windows()), sum(self.env.windows())
+                if theirs != ours:
+                    raise ConfigError(
+                        f"`{where}.env` must leave the inner steps at {ours}, got {theirs}; rows "
+                        "are compared at equal length"
+                    )
                 top = value if key == "rate" else float(rate)
                 name = f"{key} {value:g}" if key else f"rate {top:g}"
                 if wanted.rate == "shared" and key:
                     name += f", rate {top:g}"
-                candidates[name] = Method(settings, wanted.rule, top, wanted.options)
+                candidates[name] = Method(settings, rule, top, wanted.options)
         return Row(wanted.name, wanted.paper, candidates)
 
     def _settings(self, wanted: RowSettings, where: str, key: str, value: float) -> EnvSettings:
@@ -244,8 +261,12 @@ class Plan:
         )
 
     def digest(self) -> str:
-        """SHA-256 of what the rows are made of; of controllers, of their checkpoints."""
+        """SHA-256 of what rows are made of: files of the user's and checkpoints by their bytes."""
+        named = [self.env.guidance or {}]
+        named += [{row.rule: 0, **(row.guidance or {}), **row.tune} for row in self.wanted.rows]
+        code = {name: text_of(name) for names in named for name in names if is_user_code(name)}
         values = {
+            "code": code,
             "task": self.task,
             "env": self.env.model_dump(mode="json"),
             "rows": [row.model_dump(mode="json") for row in self.wanted.rows],

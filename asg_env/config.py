@@ -275,11 +275,18 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
     path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-    field = ".".join([where, *path[:1]] if where else path[:1]) or where
+    if any(isinstance(part, int) for part in problem["loc"]):  # an entry of a list
+        field = ".".join([where, *path] if where else path)
+    else:
+        field = ".".join([where, *path[:1]] if where else path[:1]) or where
     got = repr(problem["input"])
     context = problem.get("ctx", {})
     fix = f"; set {field} to such a value"
     match problem["type"]:
+        case "too_short":
+            return f"`{field}` must hold at least {context['min_length']} entry, got none{fix}"
+        case "extra_forbidden" if any(isinstance(part, int) for part in problem["loc"]):
+            return f"`{field}` is unknown; take it out"
         case "extra_forbidden":
             known = ", ".join(sorted(model.model_fields))
             return f"`{field}` is unknown; known keys are {known}"

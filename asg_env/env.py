@@ -396,6 +396,8 @@ def build_trainer(task_id: str, settings: EnvSettings, processes: int = 1) -> Tr
             device_of(settings.device),
             processes,
         )
+    except ImportError as error:  # the package of an optimizer
+        raise ConfigError(str(error)) from None
     except GuidanceError as error:
         raise ConfigError(f"`guidance` cannot be built: {error}; set env.guidance") from None
 

@@ -18,6 +18,11 @@ def absolute(name: str) -> str:
     return f"{Path(file).expanduser().resolve()}:{symbol}"
 
 
+def text_of(name: str) -> str:
+    """Return the text of the file."""
+    return Path(absolute(name).rpartition(":")[0]).read_text(encoding="utf-8")
+
+
 def load(name: str) -> Any:
     """Run the file and return what NAME means in it. Whoever names a file trusts it.
 

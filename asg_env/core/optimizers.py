@@ -10,6 +10,11 @@ OptimizerName = Literal["sgd", "adam", "adamw", "prodigy", "schedule-free"]
 MomentumForm = Literal["pytorch", "scaled-velocity"]
 LRFactor = Literal["constant", "warmup-poly"]
 
+
+class OneRateError(ValueError):
+    """Different rates were asked of an optimizer that takes one for all layer groups."""
+
+
 ONE_RATE: tuple[OptimizerName, ...] = ("prodigy",)  # refuse different rates per layer group
 
 

@@ -24,8 +24,10 @@ from asg_env.core.numerics import Precision, autocast, kernels
 from asg_env.core.objectives import accuracy_counts, kl_to_teacher, task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.optimizers import (
+    ONE_RATE,
     LRFactor,
     MomentumForm,
+    OneRateError,
     OptimizerName,
     build_optimizer,
     lr_factor,
@@ -105,7 +107,7 @@ class Trainer:
             height, width = self.splits["train"].images.shape[2:]
             self._augmentation = Augmentation(settings.augmentation, (height, width))
         self._outputs = LayerOutputs(self.optimizee.backbone)
-        self._terms: dict[str, Term] = {}
+        self._terms: dict[tuple[Callable[..., Term], str], Term] = {}
         self.guide(guidance)
         self.reset(head_seed=0, data_seed=0)
 
@@ -137,7 +139,7 @@ class Trainer:
         built = {}
         for name, term in weighted.items():
             # Importances take a while: the same term with another weight is not built again.
-            key = f"{name} {sorted(term.options.items())}"
+            key = (term.build, repr(sorted(term.options.items())))
             if key not in self._terms:
                 with self._kernels():
                     self._terms[key] = term.build(pretrained, **term.options)
@@ -282,6 +284,11 @@ class Trainer:
         self.inner_step = snapshot["inner_step"]
 
     def _set_rates(self, multipliers: Sequence[float]) -> None:
+        if self.settings.optimizer in ONE_RATE and len({m for m in multipliers if m}) > 1:
+            raise OneRateError(
+                f"optimizer {self.settings.optimizer} takes one rate for all layer groups, or 0, "
+                f"got multipliers {', '.join(f'{m:g}' for m in multipliers)}; use a uniform rule"
+            )
         factor = lr_factor(self.settings.lr_factor, self.inner_step, self.settings.total_steps)
         set_learning_rates(self._optimizer, effective_lrs(self._base_lr, multipliers, factor))
 

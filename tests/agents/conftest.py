@@ -1,8 +1,9 @@
 """Fixtures of the agents' tests: tiny settings, environments built once, no worker processes."""
 
 import copy
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 import agents.reinforce
 import agents.train
+from agents.compare import Comparison, TrialRunner
+from agents.comparison import ComparisonSettings, Plan
 from agents.experiment import Experiment, RunFolder
 from agents.rollout import Episode
 from asg_env.config import EnvSettings, validate
@@ -184,3 +187,133 @@ def asg(
         return SimpleNamespace(status=stop.value.code, out=captured.out, err=captured.err)
 
     return run
+
+
+@pytest.fixture
+def fails(asg: Callable[..., SimpleNamespace]) -> Callable[..., str]:
+    """Run a command that must fail: status 2 and one sentence; return the sentence."""
+
+    def run(*arguments: str | Path) -> str:
+        result = asg(*arguments)
+        assert result.status == 2, result.out + result.err
+        assert result.err.startswith("asg: ")
+        assert result.err.endswith("\n")
+        assert result.err.count("\n") == 1, result.err
+        assert "Traceback" not in result.out + result.err
+        return str(result.err)
+
+    return run
+
+
+# Of comparisons
+
+
+class TrialPool:
+    """Stands in for the `WorkerPool` of a comparison: the same jobs in order, in this process.
+
+    Jobs are copied, as pickling does on the way to a worker; `trainings` counts those that train
+    by function.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        build: Callable[..., Any] = TrialRunner,
+        arguments: tuple[Any, ...] = (TASK, 1),
+    ) -> None:
+        self.worker = build(*arguments)
+        self.trainings: dict[str, int] = {}
+
+    def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        for job in list(jobs):
+            if function.__name__ in ("tuning_trial", "test_trial"):
+                self.trainings[function.__name__] = self.trainings.get(function.__name__, 0) + 1
+            yield function(self.worker, *copy.deepcopy(job))
+
+    def __enter__(self) -> "TrialPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def trial_pool() -> type[TrialPool]:
+    return TrialPool
+
+
+@pytest.fixture(scope="session")
+def make_plan(make_settings: Callable[..., EnvSettings]) -> Callable[..., Plan]:
+    """Check rows of a comparison; keyword arguments change the environment's settings."""
+
+    def make(
+        rows: Sequence[dict[str, Any]],
+        claims: Sequence[dict[str, Any]] = (),
+        runs: Sequence[Path] = (),
+        **env: Any,
+    ) -> Plan:
+        values = {"rows": list(rows), "claims": list(claims)}
+        wanted = validate(ComparisonSettings, values, "file")
+        return Plan(TASK, make_settings(**env), wanted, runs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_comparison() -> Callable[..., Comparison]:
+    """A comparison on two test instances; coefficients are tuned on one train instance."""
+
+    def make(
+        plan: Plan, folder: Path, seeds: int = 2, tuning: int = 1, tune_on: str = "outer_valid"
+    ) -> Comparison:
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+        return Comparison(plan, folder, seeds, tuning, tune_on)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def without_seconds() -> Callable[..., Any]:
+    """Finished rows as a file holds them, but for the time that trainings took."""
+
+    def strip(rows: Sequence[dict[str, Any]]) -> Any:
+        plain = json.loads(json.dumps(rows))
+        for row in plain:
+            for result in (result for seed in row["results"] for result in seed):
+                del result["seconds"]
+        return plain
+
+    return strip
+
+
+USER_CODE = """
+from asg_env.core.objectives import squared_distance
+
+
+class Anchor:  # the term weight_l2, times a factor
+    def __init__(self, pretrained, factor=1.0):
+        self.weights, self.anchors = pretrained.backbone()
+        self.factor = factor
+
+    def __call__(self, step):
+        return self.factor * squared_distance(self.weights, self.anchors)
+
+
+class Share:  # the rule uniform, at a share of the rate
+    def __init__(self, groups, top, share=1.0):
+        self.vector = [share * top] * groups
+
+    def begin(self, instance, trainer):
+        pass
+
+    def multipliers(self, progress, telemetry):
+        return self.vector
+"""
+
+
+@pytest.fixture
+def user_code(tmp_path: Path) -> Path:
+    """A file of the user's with a guidance term, `Anchor`, and a rule, `Share`."""
+    path = tmp_path / "mine.py"
+    path.write_text(USER_CODE, encoding="utf-8")
+    return path

@@ -33,22 +33,6 @@ def _few_resamples():
 
 
 @pytest.fixture
-def fails(asg):
-    """Run a command that must fail: status 2 and one sentence; return the sentence."""
-
-    def run(*arguments):
-        result = asg(*arguments)
-        assert result.status == 2, result.out + result.err
-        assert result.err.startswith("asg: ")
-        assert result.err.endswith("\n")
-        assert result.err.count("\n") == 1, result.err
-        assert "Traceback" not in result.out + result.err
-        return result.err
-
-    return run
-
-
-@pytest.fixture
 def write(tmp_path, make_values):
     """Write an experiment file; keyword arguments change its sections."""
 

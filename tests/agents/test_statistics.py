@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from agents import statistics
-from agents.statistics import bootstrap_iqm, interquartile_mean, score
+from agents.statistics import bootstrap_iqm, bootstrap_values, interquartile_mean, score
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -238,3 +238,92 @@ def test_bootstrap_interval_of_mean_recall_covers_the_truth(monkeypatch):
         estimate = bootstrap_iqm(correct, generator, classes=classes)
         covered += estimate.low <= 0.6 <= estimate.high
     assert 85 <= covered <= 100
+
+
+# Figures with one value per training
+
+FIGURE = np.array([[0.1, 0.4, 0.5, 0.6, 0.7, 0.9, 0.2, 0.3]])
+
+
+@pytest.fixture
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+
+
+@pytest.mark.usefixtures("_few_resamples")
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_bootstrap_values_is_the_iqm_of_all_trainings(seeds):
+    values = rng().normal(size=(seeds, 8))
+    estimate = bootstrap_values(values, rng(1))
+    assert estimate.value == pytest.approx(stats.trim_mean(values.reshape(-1), 0.25), abs=1e-12)
+    assert estimate.low < estimate.value < estimate.high
+    assert (estimate.seeds, estimate.instances) == (seeds, 8)
+
+
+def test_bootstrap_values_agrees_with_scipy():
+    values = rng(3).normal(size=(1, 24))
+    ours = bootstrap_values(values, rng(4))
+    theirs = stats.bootstrap(
+        (values[0],),
+        lambda sample, axis: stats.trim_mean(sample, 0.25, axis=axis),
+        method="percentile",
+        n_resamples=4000,
+        rng=rng(5),
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.05)
+    assert ours.high == pytest.approx(theirs.high, abs=0.05)
+    assert ours.high - ours.low > 0.3
+
+
+@pytest.mark.usefixtures("_few_resamples")
+def test_bootstrap_values_pairs_differences_by_instance():
+    estimate = bootstrap_values(FIGURE + 0.05, rng(), minus=FIGURE)
+    assert estimate.value == pytest.approx(0.05)
+    assert estimate.low == pytest.approx(0.05)
+    assert estimate.high == pytest.approx(0.05)
+    shuffled = bootstrap_values(FIGURE + 0.05, rng(), minus=FIGURE[:, ::-1])
+    assert shuffled.high - shuffled.low > 0.1
+
+
+@pytest.mark.usefixtures("_few_resamples")
+def test_bootstrap_values_takes_one_seed_of_the_other_side_against_many():
+    values = FIGURE + np.array([[0.1], [0.2], [0.3]])
+    estimate = bootstrap_values(values, rng(), minus=FIGURE)
+    # 8 differences each of .1, .2 and .3: the middle half is that of .2 and two of each other.
+    assert estimate.value == pytest.approx(0.2)
+    assert estimate.seeds == 3
+    assert 0.1 - 1e-9 <= estimate.low < 0.2 < estimate.high <= 0.3 + 1e-9
+
+
+@pytest.mark.usefixtures("_few_resamples")
+def test_bootstrap_values_pairs_seeds_where_both_sides_have_as_many():
+    values = FIGURE + np.array([[0.1], [0.2], [0.3]])
+    itself = bootstrap_values(values, rng(), minus=values)
+    assert (itself.value, itself.low, itself.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.usefixtures("_few_resamples")
+@pytest.mark.parametrize("missing", ["values", "minus"])
+def test_bootstrap_values_leaves_out_an_instance_where_any_seed_has_no_value(missing):
+    values = np.vstack([FIGURE, FIGURE + 0.1])
+    minus = np.zeros_like(FIGURE)
+    side = values if missing == "values" else minus
+    side[-1, [0, 5]] = np.nan
+    kept = [1, 2, 3, 4, 6, 7]
+    estimate = bootstrap_values(values, rng(), minus=minus)
+    assert estimate == bootstrap_values(values[:, kept], rng())
+    assert estimate.instances == 6
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_bootstrap_values_is_none_where_no_instance_is_left(seeds):
+    values = np.full((seeds, 3), 0.5)
+    values[0] = np.nan
+    assert bootstrap_values(values, rng()) is None
+    assert bootstrap_values(np.full((1, 3), 0.5), rng(), minus=values) is None
+
+
+@pytest.mark.usefixtures("_few_resamples")
+def test_bootstrap_values_repeats_with_the_same_generator_and_differs_with_another():
+    assert bootstrap_values(FIGURE, rng(5)) == bootstrap_values(FIGURE, rng(5))
+    assert bootstrap_values(FIGURE, rng(5)) != bootstrap_values(FIGURE, rng(6))

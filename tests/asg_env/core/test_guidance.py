@@ -183,7 +183,7 @@ def test_ewc_weighs_squared_moves_by_the_analytic_fisher_of_a_linear_model():
 
 def test_synaptic_intelligence_gives_no_importance_to_weights_that_nothing_reads():
     trainer, layer, x = linear_trainer({"si": 0.0})
-    omega = trainer._terms["si []"]._scales[0].square()
+    omega = trainer._terms[TERMS["si"], "[]"]._scales[0].square()
 
     assert x[:, 3].abs().max() == 0  # the last input is always zero
     assert omega[:, 3].tolist() == [0.0, 0.0]
@@ -202,10 +202,10 @@ def test_importances_leave_network_and_global_generator_as_they_were(make_traine
 
 def test_another_weight_does_not_build_a_term_again(make_trainer):
     trainer = make_trainer({"si": 0.1})
-    first = trainer._terms["si []"]
+    first = trainer._terms[TERMS["si"], "[]"]
     trainer.guide({"si": 0.7})
 
-    assert trainer._terms["si []"] is first
+    assert trainer._terms[TERMS["si"], "[]"] is first
     assert trainer.guidance.weighted["si"].weight == 0.7
 
 
