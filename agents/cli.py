@@ -36,6 +36,7 @@ from agents.results import comparison_table, episodes_of_comparison, results_mar
 from agents.rollout import RolloutPool
 from agents.train import estimate_minutes, load_policies, train
 from asg_env.config import ConfigError
+from asg_env.core.guidance import GuidanceError
 from asg_env.core.numerics import NotRepeatableError
 from asg_env.core.optimizers import OneRateError
 from asg_env.tasks.listing import DataError
@@ -244,7 +245,7 @@ def main() -> None:
                 file=sys.stderr,
             )
             sys.exit(2)
-        sentences = (ConfigError, DataError, NotRepeatableError, OneRateError)
+        sentences = (ConfigError, DataError, GuidanceError, NotRepeatableError, OneRateError)
         if message is None and not isinstance(error, sentences):
             raise
         print(f"asg: {message() if message else error}", file=sys.stderr)

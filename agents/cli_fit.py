@@ -93,6 +93,13 @@ def fit_command(
         _check_unchanged(
             settings, start, ("observation", "action", "grid", "start_multiplier"), "controller"
         )
+        learned_terms = validate(type(settings), start, "env").further_terms()
+        if settings.observation == "extended" and settings.further_terms() != learned_terms:
+            raise ConfigError(
+                f"`env.guidance` must hold the terms {list(learned_terms)} beside kl, which the "
+                f"controller observes, got {list(settings.further_terms())}; keep them, at any "
+                "weight"
+            )
     elif schedule is not None:
         _check_unchanged(settings, start, ("optimizer", "momentum_form", "lr_factor"), "schedule")
     trainer = build_trainer(task, settings)

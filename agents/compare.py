@@ -22,6 +22,7 @@ from agents.search import train_instances
 from asg_env.config import ConfigError, EnvSettings
 from asg_env.core.evaluation import Metric
 from asg_env.core.guidance import TERMS, GuidanceError
+from asg_env.core.optimizers import OneRateError
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
 from asg_env.env import build_trainer
@@ -98,15 +99,21 @@ def check_method(runner: TrialRunner, row: str, method: Method) -> None:
     """
     bare = method.settings.model_copy(update={"guidance": {}, "kl_weight": None})
     trainer = runner.trainer_for(bare)
-    controller = method.controller(trainer)
-    trainer.reset(head_seed=0, data_seed=0)
-    controller.begin(Instance(runner.task, head_seed=0, data_seed=0), trainer)
-    trainer.run(1, controller.multipliers(0.0, None))
     terms = method.settings.guidance_terms()
+    trainer.reset(head_seed=0, data_seed=0)
     try:
         trainer.guide({n: t for n, t in terms.items() if t.options or t.build is not TERMS.get(n)})
+        controller = method.controller(trainer)
+        controller.begin(Instance(runner.task, head_seed=0, data_seed=0), trainer)
+        trainer.run(1, controller.multipliers(0.0, None))
     except GuidanceError as error:
         raise ConfigError(f"`rows.{row}.guidance`: {error}; mend the file") from None
+    except (ConfigError, OneRateError):
+        raise
+    except Exception as error:  # a user's code
+        raise ConfigError(
+            f"`rows.{row}.rule` must train; {method.rule} ends in {type(error).__name__}: {error}"
+        ) from None
 
 
 def tuning_trial(

@@ -13,7 +13,7 @@ from agents.figures import HIGHLIGHT, save_figure
 from agents.results import IN_WORDS
 
 PAPER, OTHER = "#1d4ed8", "#525252"
-LEAST_DRIFT = 1e-3  # drawn as this, 0 included
+LEAST_DRIFT = 1e-4  # drawn as this, 0 included
 LEAST_FORGOTTEN = 3e-3  # likewise
 FORGOTTEN_TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
@@ -61,7 +61,7 @@ def draw_comparison(summary: Mapping[str, Any], layer_groups: Sequence[str], pat
     names = [f"{row['name']}  {number}" for number, row in enumerate(rows, start=1)]
     drifts = np.array([[np.nan if d is None else d for d in row["drifts"]] for row in rows])
     image = heat.imshow(
-        np.log10(np.maximum(drifts, LEAST_DRIFT)), aspect="auto", cmap="viridis", vmin=-3, vmax=1
+        np.log10(np.maximum(drifts, LEAST_DRIFT)), aspect="auto", cmap="viridis", vmin=-4, vmax=1
     )
     heat.set_yticks(range(len(rows)), names, fontsize=8)
     heat.set_xticks(range(len(layer_groups)), layer_groups, fontsize=8)
@@ -72,8 +72,8 @@ def draw_comparison(summary: Mapping[str, Any], layer_groups: Sequence[str], pat
         ink = "black" if drift > 1 else "white"
         heat.text(column, line, text, ha="center", va="center", fontsize=6.5, color=ink)
     heat.set_title("drift |w - w0| / |w0| by layer group", fontsize=10)
-    bar = figure.colorbar(image, ax=heat, ticks=[-3, -2, -1, 0, 1])
-    bar.ax.set_yticklabels(["≤ 0.001", "0.01", "0.1", "1", "≥ 10"])
+    bar = figure.colorbar(image, ax=heat, ticks=[-4, -3, -2, -1, 0, 1])
+    bar.ax.set_yticklabels(["≤ 0.0001", "0.001", "0.01", "0.1", "1", "≥ 10"])
     figure.suptitle(
         "Blue: rows of the original's table; orange: learned controllers; grey: other rules",
         fontsize=10,

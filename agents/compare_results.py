@@ -158,7 +158,12 @@ def _mean_drifts(results: Sequence[Mapping[str, Any]]) -> list[float | None]:
 
 
 def _plain(found: Estimate) -> dict[str, float]:
-    return {"iqm": found.value, "low": found.low, "high": found.high}
+    return {
+        "iqm": found.value,
+        "low": found.low,
+        "high": found.high,
+        "instances": found.instances,
+    }
 
 
 def _verdict(difference: Estimate) -> str:
@@ -180,7 +185,8 @@ def markdown(summary: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         line = [str(number), name]
         for figure, _ in COLUMNS:
             digits = 4 if figure.startswith("hse_") else 3
-            line.append(_cell(row[figure], digits, interval=figure in ("accuracy", "retention")))
+            interval = figure in ("accuracy", "retention")
+            line.append(_cell(row[figure], digits, interval, about["seeds"]))
         line += [f"{row['inner_steps']:.0f}", f"{row['seconds']:.2f}", f"{row['diverged']:.0%}"]
         cells.append(line)
     parts = [_caption(about), "", *_table(headings, cells), ""]
@@ -231,21 +237,25 @@ def table_csv(summary: Mapping[str, Any]) -> str:
 def _caption(about: Mapping[str, Any]) -> str:
     text = (
         f"{about['task']}: {about['seeds']} unseen instances, {about['test_images']} test images. "
-        "Interquartile means and, in brackets, 95 % percentile intervals over instances and test "
-        f"images. Each row's coefficient was chosen among its candidates by {about['tune_on']} on "
-        f"{about['tuning_instances']} train instance(s). HSE is the hyperspherical energy of test "
-        "features (lower: more diverse), ECE the expected calibration error; seconds are of one "
-        "training on one thread."
+        "Interquartile means and, in brackets, 95 % percentile intervals over instances (of a "
+        "controller, training seeds too; of accuracy, test images too). What is in brackets behind "
+        f"a name was chosen among candidates by {about['tune_on']} on {about['tuning_instances']} "
+        "train instance(s); a rate beside a guidance weight is what the row that shares its rate "
+        "was tuned to. HSE is the hyperspherical energy of test features (lower: more diverse), "
+        "ECE the expected calibration error; both leave out instances where a training diverged: "
+        "[n ...] are left. Seconds are of one training on one thread."
     )
     if about["seeds"] < FEW_UNITS:
         text += f" With {about['seeds']} instances the intervals cover less than their name says."
     return text
 
 
-def _cell(found: Mapping[str, float] | None, digits: int, interval: bool) -> str:
+def _cell(found: Mapping[str, float] | None, digits: int, interval: bool, count: int) -> str:
     if found is None:
         return "–"
     text = f"{found['iqm']:.{digits}f}"
+    if found["instances"] < count:
+        text += f" [n {found['instances']}]"
     if not interval:
         return text
     return f"{text} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"

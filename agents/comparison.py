@@ -23,6 +23,25 @@ from asg_env.user_code import absolute, is_user_code, load, text_of
 
 Figure = Literal["accuracy", "retention", "hse_0", "hse_1", "hse_2"]
 CONTROLLER = "controller"  # name of the first run's row
+# Settings that a row may have for itself: how it trains. What it trains on, for how long, and how
+# it is judged are the same for all.
+OWN_SETTINGS = (
+    "optimizer",
+    "momentum",
+    "momentum_form",
+    "weight_decay",
+    "base_lr",
+    "lr_factor",
+    "augmentation",
+    "precision",
+    "compile",
+    "deterministic",
+)
+SAME_FOR_CONTROLLERS = ("batch_size", "metric", "flip_average")
+
+
+def _controller_name(number: int) -> str:
+    return CONTROLLER if number == 0 else f"{CONTROLLER} {number + 1}"
 
 
 def file_name(row: str) -> str:
@@ -40,7 +59,7 @@ class RowSettings(Settings):
     rate: Annotated[float, Field(ge=0)] | Literal["shared"] | None = None
     share_rate: bool = False
     guidance: dict[str, Any] | None = None  # the environment's own if left out
-    env: dict[str, Any] = {}  # further settings of the environment
+    env: dict[str, Any] = {}  # further settings, of `OWN_SETTINGS`
     tune: dict[str, list[Annotated[float, Field(ge=0)]]] = {}  # one key: `rate` or a guidance term
 
 
@@ -135,7 +154,8 @@ class Plan:
         """
         self.task, self.env, self.wanted = task, env, wanted
         names = [row.name for row in wanted.rows]
-        names_of: dict[str, str] = {file_name(CONTROLLER): CONTROLLER}
+        reserved = [_controller_name(number) for number in range(max(1, len(runs)))]
+        names_of = {file_name(name): name for name in reserved}
         for name in names:
             if file_name(name) in names_of:
                 raise ConfigError(
@@ -155,7 +175,7 @@ class Plan:
         for row in wanted.rows:
             self.row(row, shared=1.0)
         self.controllers = [self._controller(path, number) for number, path in enumerate(runs)]
-        known = {*names, *(f"{CONTROLLER} {number}" for number in range(2, 10)), CONTROLLER}
+        known = {*names, *map(_controller_name, range(9))}
         for claim in wanted.claims:
             for name in (claim.better, claim.worse):
                 if name not in known:
@@ -188,20 +208,24 @@ class Plan:
                 raise ConfigError(f"`{where}.rule` {error}; mend it") from None
         if len(wanted.tune) > 1 or any(not values for values in wanted.tune.values()):
             raise ConfigError(f"`{where}.tune` must hold one coefficient with candidates; mend it")
+        if any(len(set(values)) < len(values) for values in wanted.tune.values()):
+            raise ConfigError(f"`{where}.tune` must hold different candidates; mend it")
+        if wanted.rule == "pilot-search" and (wanted.rate is not None or "rate" in wanted.tune):
+            raise ConfigError(f"`{where}.rate` is not used by pilot-search; leave it out")
         if ("rate" in wanted.tune) == (wanted.rate is not None) and wanted.rule != "pilot-search":
             raise ConfigError(f"`{where}.rate` must be given or tuned, and not both; mend it")
+        foreign = sorted(set(wanted.env) - set(OWN_SETTINGS))
+        if foreign:
+            raise ConfigError(
+                f"`{where}.env` must hold settings of {', '.join(OWN_SETTINGS)}, got "
+                f"'{foreign[0]}'; give what is the same for all rows with --set"
+            )
         rule = absolute(wanted.rule) if is_user_code(wanted.rule) else wanted.rule
         rate = shared if wanted.rate == "shared" else wanted.rate or 0.0
         candidates = {}
         for key, values in wanted.tune.items() or {"": [0.0]}.items():
             for value in values:
                 settings = self._settings(wanted, where, key, value)
-                theirs, ours = sum(settings.windows()), sum(self.env.windows())
-                if theirs != ours:
-                    raise ConfigError(
-                        f"`{where}.env` must leave the inner steps at {ours}, got {theirs}; rows "
-                        "are compared at equal length"
-                    )
                 top = value if key == "rate" else float(rate)
                 name = f"{key} {value:g}" if key else f"rate {top:g}"
                 if wanted.rate == "shared" and key:
@@ -216,9 +240,10 @@ class Plan:
             values["guidance"] = wanted.guidance
         if key not in ("", "rate"):
             values = {k: v for k, v in values.items() if k != "kl_weight"}
-            entry = (wanted.guidance or {}).get(key)
-            options = entry if isinstance(entry, dict) else {}
             others = wanted.guidance or {}
+            # Options such as a cap are the row's, or else the environment's.
+            entry = others.get(key, (self.env.guidance or {}).get(key))
+            options = entry if isinstance(entry, dict) else {}
             values["guidance"] = {**others, key: {**options, "weight": value}}
         return validate(settings_class(self.task), values, where)
 
@@ -241,6 +266,13 @@ class Plan:
                 f"--controller {path} trains for {theirs} inner steps, the other rows for {ours}; "
                 "set env.horizon and env.inner_steps to the controller's with --set"
             )
+        for name in SAME_FOR_CONTROLLERS:
+            then, now = getattr(experiment.env, name), getattr(self.env, name)
+            if then != now:
+                raise ConfigError(
+                    f"--controller {path} was trained with env.{name} {then}, the other rows have "
+                    f"{now}; set env.{name}={then} with --set"
+                )
         greedy = acts_greedily(run)
         methods = tuple(
             Method(experiment.env, "", 0.0, {}, policy, greedy) for policy in load_policies(run)
@@ -251,7 +283,7 @@ class Plan:
             digest.update((run.seed_folder(index) / "checkpoints" / name).read_bytes())
         reward = reward_in_words(experiment)
         return Row(
-            CONTROLLER if number == 0 else f"{CONTROLLER} {number + 1}",
+            _controller_name(number),
             9 if number == 0 else None,
             {},
             methods,

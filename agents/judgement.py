@@ -1,6 +1,6 @@
 """What a trained network is worth: figures on the test split and on the old task.
 
-The only module that reads the test split.
+The only module that puts a network through the test split.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from asg_env.core.metrics import (
 )
 from asg_env.core.trainer import Trainer
 
-ENERGY_IMAGES = 2000  # test images whose features enter the hyperspherical energy: the first ones
+ENERGY_IMAGES = 2000  # at most so many test images enter the hyperspherical energy
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def judge_network(trainer: Trainer, diverged: bool) -> Judgement:
         return Judgement(wrong, np.zeros(classes), nothing, None, None, retention)
     result = trainer.evaluate("test")
     confusion = confusion_matrix(result.predicted, labels, classes)
-    energies = hyperspherical_energies(trainer.features("test")[:ENERGY_IMAGES])
+    energies = hyperspherical_energies(trainer.features("test", ENERGY_IMAGES))
     return Judgement(
         result.correct.numpy(),
         per_class_recall(confusion, labels).numpy(),

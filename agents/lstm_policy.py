@@ -210,5 +210,5 @@ class ReinforcePolicy:
 def layout_of(task: str, env: EnvSettings) -> Layout:
     """Layout of an environment's observations and actions, read without training anything."""
     groups = tuple(task_of(task, env).layer_groups)
-    labels = Observation(env.observation, groups, env.grid).labels
+    labels = Observation(env.observation, groups, env.grid, env.further_terms()).labels
     return Layout.of(labels, groups, ACTIONS[env.action](env.grid, len(groups)))

@@ -85,12 +85,14 @@ class Hypergradient(_FromTelemetry):
 
     m_g <- m_g * exp(rate * cos_g), within `FLOOR` and 1, from `top`; cos_g is the telemetry's
     `alignments`. Source: the multiplicative form of hypergradient descent (Baydin et al., ICLR
-    2018). Differs: the direction is that of the whole window's displacement and not of the last
-    step, the product of gradients is normalised to a cosine per group, and exp(x) stands for
-    1 + x, which could become negative.
+    2018). Differs: the direction is that of a window's way and not of the last step, the product
+    is normalised to a cosine per group, and exp(x) stands for 1 + x, which could become negative.
     """
 
     rate: float = 1.0  # a window at cosine 1 multiplies by e
+
+    def __post_init__(self) -> None:
+        _check(self.rate > 0, "hypergradient", "rate", "> 0", self.rate)
 
     def _after(self, telemetry: Telemetry) -> list[float]:
         return [
@@ -110,6 +112,9 @@ class GradualUnfreezing:
 
     top: float
     share: float = 0.5  # of the inner steps
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.share <= 1, "gradual-unfreezing", "share", "in [0, 1]", self.share)
 
     def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Remember the number of groups."""
@@ -135,6 +140,10 @@ class EarlyStopping:
 
     top: float
     patience: int = 2  # windows
+
+    def __post_init__(self) -> None:
+        whole = type(self.patience) is int and self.patience >= 1
+        _check(whole, "early-stopping", "patience", "an integer >= 1", self.patience)
 
     def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Remember the trainer; ConfigError where inner_valid cannot be read or weights held."""
@@ -180,6 +189,10 @@ class PilotSearch:
 
     steps: int = 10  # [inner steps] per level
 
+    def __post_init__(self) -> None:
+        whole = type(self.steps) is int and self.steps >= 1
+        _check(whole, "pilot-search", "steps", "an integer >= 1", self.steps)
+
     @property
     def extra_inner_steps(self) -> int:
         """Inner steps that the pilots of one episode take, beyond those of the training."""
@@ -209,6 +222,11 @@ def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float] | None
         return None
     ratios = [o / u for o, u in zip(over, under, strict=True)]
     return ratios if all(map(math.isfinite, ratios)) and max(ratios) > 0 else None
+
+
+def _check(fine: bool, rule: str, option: str, bound: str, value: object) -> None:
+    if not fine:
+        raise ConfigError(f"`{option}` of {rule} must be {bound}, got {value!r}; set it so")
 
 
 def _check_inner_valid(trainer: Trainer, rule: str) -> None:

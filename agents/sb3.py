@@ -307,7 +307,7 @@ def spaces_of(task: str, env: EnvSettings) -> tuple[spaces.Space[Any], spaces.Sp
     """Observation and action space of an environment, without building one."""
     groups = tuple(task_of(task, env).layer_groups)
     return (
-        Observation(env.observation, groups, env.grid).space,
+        Observation(env.observation, groups, env.grid, env.further_terms()).space,
         ACTIONS[env.action](env.grid, len(groups)).space,
     )
 

@@ -104,11 +104,24 @@ def _guidance_entry(name: str, asked: dict[str, Any]) -> None:
         if key in asked:
             asked[key] = float(number)
     build = load(name) if is_user_code(name) else TERMS[name]
-    known = [p.name for p in inspect.signature(build).parameters.values()][1:]
+    parameters = list(inspect.signature(build).parameters.values())[1:]
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(set(asked) - {"weight", "cap", *known}, key=str)
-    if unknown:
+    if unknown and len(known) == len(parameters):
         options = ", ".join(["weight", "cap", *known])
         raise ValueError(f"must give '{name}' keys of {options}, got '{unknown[0]}'")
+    for parameter in parameters:
+        default = parameter.default
+        if default is parameter.empty and parameter.name in known and parameter.name not in asked:
+            raise ValueError(f"must give '{name}' its `{parameter.name}`, got none")
+        kind = str if isinstance(default, str) else int | float
+        value = asked.get(parameter.name, default)
+        if isinstance(default, str | int | float) and (
+            not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(
+                f"must give '{name}' a `{parameter.name}` of the kind of {default!r}, got {value!r}"
+            )
 
 
 def term_label(name: str) -> str:
@@ -222,6 +235,10 @@ class EnvSettings(Settings):
             build = load(name) if is_user_code(name) else TERMS[name]
             terms[term_label(name)] = Weighted(build, weight, cap, options)
         return terms
+
+    def further_terms(self) -> tuple[str, ...]:
+        """Guidance terms other than KL, which everything reports anyway."""
+        return tuple(name for name in self.guidance_terms() if name != "kl")
 
     def trainer_settings(self) -> TrainerSettings:
         """The part that the inner trainer uses."""

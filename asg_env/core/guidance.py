@@ -264,8 +264,16 @@ class Guidance:
         self.extra = tuple(name for name in terms if name != "kl")
 
     def values(self, step: Step) -> dict[str, Tensor]:
-        """Return each term's unweighted value."""
-        return {name: self._built[name](step) for name in self.weighted}
+        """Return each term's unweighted value.
+
+        Raises:
+            GuidanceError: A term returned something other than a scalar tensor.
+        """
+        values = {name: self._built[name](step) for name in self.weighted}
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.ndim:
+                raise GuidanceError(f"'{name}' must return a tensor without axes, got {value!r}")
+        return values
 
     def objective(self, ce: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """CE + sum of weight x value: the loss whose gradient an inner step follows."""
@@ -275,6 +283,7 @@ class Guidance:
             if term.weight:  # a term of weight 0 may be infinite
                 weight: float | Tensor = term.weight
                 if term.cap is not None:
-                    weight = (term.cap / value.detach()).clamp(max=term.weight)
+                    now = value.detach()  # rounding can make it negative
+                    weight = torch.where(term.weight * now > term.cap, term.cap / now, term.weight)
                 total = total + weight * value
         return total

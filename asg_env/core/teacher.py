@@ -21,6 +21,7 @@ class LayerOutputs:
         self._backbone = backbone
         self._last: dict[str, Tensor] = {}
         self._watched: set[str] = set()
+        self._compiled = 0  # layers watched when somebody last asked
 
     def watch(self, layer: str) -> None:
         """Keep the output of a module from now on; "" is the whole backbone.
@@ -44,6 +45,15 @@ class LayerOutputs:
 
         module.register_forward_hook(keep)
         self._watched.add(layer)
+
+    def grown(self) -> bool:
+        """Whether layers were added since this was last asked."""
+        before, self._compiled = self._compiled, len(self._watched)
+        return self._compiled > before
+
+    def clear(self) -> None:
+        """Forget the outputs of the last forward pass."""
+        self._last.clear()
 
     def last(self, layer: str) -> Tensor:
         """Return the output of the last forward pass, float32."""

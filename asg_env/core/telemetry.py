@@ -25,9 +25,10 @@ class Telemetry:
             the head, w0 is its initial draw.
         update_ratios: ||w_end - w_start|| / ||w_end|| over the window, (G,).
         weight_norms: ||w_end||, (G,).
-        alignments: Cosine between the window's displacement and the last step's negative
-            gradient, (G,): positive where going on in that direction would still lower the
-            objective. 0 where either is 0.
+        alignments: Cosine of the last step's negative gradient with the way to where it was taken
+            from where the last step of the window before was (or training began), (G,): positive
+            where going on would still lower the objective. 0 where either is 0. The step that
+            the gradient leads to is no part of the way, or noise alone would look like descent.
         diverged: A loss, gradient norm or weight was not finite.
         cause: Which one, in words; "" if none.
     """
@@ -62,14 +63,23 @@ class WindowRecorder:
         rows = self._weights[0].new_zeros(5, sum(self._sizes))
         self._rows = rows
         self._now, self._gradient, self.initial, self._moved, self._stepped = rows
+        self.marked, self._way = self._weights[0].new_zeros(2, sum(self._sizes))
 
     def start_training(self) -> None:
         """Remember the weights as those from which drift is measured."""
         torch.cat(self._weights, out=self.initial)
+        self.marked.copy_(self.initial)
+        self._way.zero_()
 
     def start_window(self) -> None:
         """Remember the weights as those at the start of the window."""
         torch.cat(self._weights, out=self._stepped)
+
+    def mark(self) -> None:
+        """Note where the window's last gradient was taken; to be called before its step."""
+        torch.cat(self._weights, out=self._now)
+        torch.sub(self._now, self.marked, out=self._way)
+        self.marked.copy_(self._now)
 
     def report_before_training(self, step: Sequence[Tensor], terms: Sequence[str]) -> Telemetry:
         """Report on losses before any inner step: nothing has moved, norms are 0.
@@ -111,13 +121,18 @@ class WindowRecorder:
         torch.sub(self._now, self._stepped, out=self._stepped)
         parts = self._rows.split(self._sizes, dim=1)
         norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
-        dots = torch.stack([torch.dot(part[1], part[4]) for part in parts])
+        ways = self._way.split(self._sizes)
+        aligned = [
+            (torch.dot(part[1], way), torch.linalg.vector_norm(way))
+            for part, way in zip(parts, ways, strict=True)
+        ]
+        dots = torch.stack([torch.stack(pair) for pair in aligned], dim=1).flatten()
         means = torch.stack(list(steps)).view(-1, 5 + len(terms)).mean(dim=0)
         numbers = torch.cat([means, norms.flatten(), dots]).tolist()
         ce, kl, objective, head_mean, head_std, *extra = numbers[: len(means)]
         groups = len(self._sizes)
-        weights, grad_norms, initial, moved, stepped, products = (
-            tuple(numbers[len(means) + groups * i :][:groups]) for i in range(6)
+        weights, grad_norms, initial, moved, stepped, products, ways_taken = (
+            tuple(numbers[len(means) + groups * i :][:groups]) for i in range(7)
         )
         cause = ""
         if not all(map(math.isfinite, (ce, kl, objective))):
@@ -137,8 +152,8 @@ class WindowRecorder:
             update_ratios=tuple(s / max(n, 1e-12) for s, n in zip(stepped, weights, strict=True)),
             weight_norms=weights,
             alignments=tuple(
-                -dot / max(g * s, 1e-24)
-                for dot, g, s in zip(products, grad_norms, stepped, strict=True)
+                -dot / max(g * way, 1e-24)
+                for dot, g, way in zip(products, grad_norms, ways_taken, strict=True)
             ),
             diverged=bool(cause),
             cause=cause,

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from asg_env.core.augmentation import Augmentation, AugmentationName
 from asg_env.core.data import DataOrder, HostImages, Split, place, to_device
 from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all
-from asg_env.core.guidance import IMPORTANCE_SEED, TERMS, Guidance, Pretrained, Step, Term, Weighted
+from asg_env.core.guidance import (
+    IMPORTANCE_SEED,
+    TERMS,
+    Guidance,
+    GuidanceError,
+    Pretrained,
+    Step,
+    Term,
+    Weighted,
+)
 from asg_env.core.layer_groups import (
     GroupPatterns,
     build_param_groups,
@@ -141,10 +150,21 @@ class Trainer:
             # Importances take a while: the same term with another weight is not built again.
             key = (term.build, repr(sorted(term.options.items())))
             if key not in self._terms:
-                with self._kernels():
-                    self._terms[key] = term.build(pretrained, **term.options)
+                try:
+                    with self._kernels():
+                        self._terms[key] = term.build(pretrained, **term.options)
+                except GuidanceError:
+                    raise
+                except Exception as error:  # a user's code, or an option of the wrong kind
+                    raise GuidanceError(
+                        f"'{name}' cannot be built: {type(error).__name__}: {error}"
+                    ) from None
             built[name] = self._terms[key]
         self.guidance = Guidance(weighted, built)
+        if self.settings.compile and self._outputs.grown():
+            # What was compiled without a layer's hook would never run it.
+            torch.compiler.reset()
+            self._network = torch.compile(self.optimizee)  # type: ignore[assignment]
 
     def reset(self, head_seed: int, data_seed: int, base_lr_scale: float = 1.0) -> None:
         """Go back to inner step 0: pretrained backbone, fresh head, empty optimizer state.
@@ -195,10 +215,12 @@ class Trainer:
         rates_vary = self.settings.lr_factor != "constant"
         records: list[Tensor] = []
         with self._kernels():
-            for _ in range(steps):
+            for step in range(steps):
                 ce, kl, loss, extra = self._losses([self.inner_step])
                 self._optimizer.zero_grad()
                 loss.backward()
+                if step == steps - 1:
+                    self._recorder.mark()
                 if rates_vary:
                     self._set_rates(multipliers)
                 self._optimizer.step()
@@ -257,16 +279,24 @@ class Trainer:
         with self._judged():
             return {name: t.clone() for name, t in self.optimizee.state_dict().items()}
 
-    def features(self, split: str) -> Tensor:
-        """Return what the heads read of each image of a split, float32, shape (N, F)."""
+    def features(self, split: str, most: int) -> Tensor:
+        """Return what the heads read of a split's images, float32, shape (N, F).
+
+        Args:
+            split: Which images.
+            most: Of a larger split so many are taken, balanced over classes.
+        """
+        images = self.splits[split]
+        images = images if len(images) <= most else images.head(most)
         with torch.no_grad(), self._judged():
-            return forward_all(self.splits[split], self._through(nn.Flatten(1)))
+            return forward_all(images, self._through(nn.Flatten(1)))
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that the next inner step depends on, as an independent copy."""
         return {
             "optimizee": [t.clone() for t in self.optimizee.state_dict().values()],
             "initial": self._recorder.initial.clone(),
+            "marked": self._recorder.marked.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "base_lr": self._base_lr,
             "data_seed": self._data_seed,
@@ -279,6 +309,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), snapshot["optimizee"])
             self._recorder.initial.copy_(snapshot["initial"])
+            self._recorder.marked.copy_(snapshot["marked"])
         self._optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
         self._base_lr = snapshot["base_lr"]
         self.inner_step = snapshot["inner_step"]
@@ -321,6 +352,7 @@ class Trainer:
         images, index = (
             batches[0] if len(batches) == 1 else map(torch.cat, zip(*batches, strict=True))
         )
+        self._outputs.clear()
         with autocast(self.settings.precision, self._device):
             logits, old_logits = self._network(images)
         if self._augmentation is None:
@@ -337,11 +369,10 @@ class Trainer:
 
     def _taught(self, layer: str, images: Tensor, index: Tensor) -> Tensor:
         """Return a watched layer's output in the teacher, remembered where that can be."""
-        if self._augmentation is None:
-            known = self._teacher.features_of_split("train", self.splits["train"], layer)
-            if known is not None:
-                return known[index]
-        return self._teacher.features(layer, images)
+        if self._augmentation is not None:  # the teacher has just seen these images
+            return self._teacher.outputs.last(layer)
+        known = self._teacher.features_of_split("train", self.splits["train"], layer)
+        return self._teacher.features(layer, images) if known is None else known[index]
 
     def _batch(self, inner_step: int) -> tuple[Tensor, Tensor]:
         """Images of an inner step, normalised, and where they stand in the split."""

@@ -171,7 +171,7 @@ def test_compare_may_choose_on_synthetic_images_and_count_recall(asg, command, t
     assert record["metric"] == "mean_recall"
     text = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
     assert "| target mean per-class recall |" in text
-    assert "chosen among its candidates by inner_valid" in text
+    assert "chosen among candidates by inner_valid" in text
 
 
 def test_compare_judges_a_controller_beside_the_rows(asg, command, trained_run, tmp_path):

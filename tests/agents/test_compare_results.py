@@ -178,8 +178,8 @@ def test_summary_counts_diverged_trainings_as_wrong_and_without_features():
 def test_summary_has_nothing_to_say_of_features_where_all_diverged():
     summary = summary_of(make_row(bad=range(4)))
     (entry,) = summary["rows"]
-    assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0}
-    assert entry["retention"] == {"iqm": 0.0, "low": 0.0, "high": 0.0}
+    assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "instances": 4}
+    assert entry["retention"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "instances": 4}
     for figure in ("hse_0", "hse_1", "hse_2", "calibration_error"):
         assert entry[figure] is None
     assert entry["drifts"] == [None, None]
@@ -376,7 +376,7 @@ def test_markdown_warns_of_few_instances(seeds, few):
 def test_markdown_says_what_was_compared():
     text = markdown(summary_of(make_row()), ABOUT)
     assert text.startswith("ASG/Digits-v0: 4 unseen instances, 4 test images.")
-    assert "chosen among its candidates by outer_valid on 3 train instance(s)" in text
+    assert "chosen among candidates by outer_valid on 3 train instance(s)" in text
 
 
 @pytest.mark.parametrize(

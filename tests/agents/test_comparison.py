@@ -163,17 +163,21 @@ def test_plan_refuses_rows_in_a_sentence(refused, rows, message):
         ([row(name="Controller")], "got 'controller' and 'Controller'; rename one"),
         (
             [row(env={"horizon": 9})],
-            "`rows.a.env` must leave the inner steps at 6, got 18; rows are compared",
+            "got 'horizon'; give what is the same for all rows with --set",
         ),
         ([row(tune={"kl": [0.1, -1]}, rate=0.1)], "rows.0.tune.kl.1` must be >= 0.0, got -1"),
+        ([row(tune={"kl": [0.1, 0.1]}, rate=0.1)], "`rows.a.tune` must hold different candidates"),
+        ([row(rule="pilot-search")], "`rows.a.rate` is not used by pilot-search; leave it out"),
         ([row(speed=3)], "rows.0.speed` is unknown; take it out"),
         ([], "rows` must hold at least 1 entry, got none"),
     ],
     ids=[
         "names-of-one-file",
         "name-of-the-controllers-row",
-        "more-inner-steps",
+        "setting-of-all-rows",
         "negative-candidate",
+        "candidate-twice",
+        "rate-of-pilot-search",
         "unknown-key",
         "no-rows",
     ],
@@ -202,8 +206,30 @@ def test_file_refuses_no_rows_and_figures_that_nobody_measures(refused):
     assert "got 'speed'" in refused([row()], claims=[claim])
 
 
-def test_plan_refuses_an_unknown_setting_of_the_environment(refused):
-    assert refused([row(env={"speed": 1})]).startswith("`rows.a.speed` is unknown; known keys are")
+@pytest.mark.parametrize("name", ["speed", "batch_size", "kl_weight", "guidance", "metric"])
+def test_plan_refuses_settings_that_are_not_a_rows_own(refused, name):
+    message = refused([row(env={name: 1})])
+    assert message.startswith("`rows.a.env` must hold settings of optimizer, momentum, ")
+    assert f"got '{name}'; give what is the same for all rows with --set" in message
+
+
+def test_plan_reserves_the_names_of_the_controllers(make_plan, trained_run):
+    make_plan([row(name="controller 2")])
+    with pytest.raises(ConfigError, match="got 'controller 2' and 'controller 2'; rename one"):
+        make_plan([row(name="controller 2")], runs=[trained_run.path, trained_run.path])
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 4), ("flip_average", True)])
+def test_plan_refuses_a_controller_of_another_protocol(make_plan, trained_run, name, value):
+    with pytest.raises(ConfigError, match=f"was trained with env.{name} .*, the other rows have"):
+        make_plan([row()], runs=[trained_run.path], **{name: value})
+
+
+def test_tuned_terms_keep_the_options_of_the_environment(make_plan):
+    plan = make_plan([row(tune={"kl": [1, 2]})], guidance={"kl": {"weight": 75, "cap": 9}})
+    methods = plan.row(plan.wanted.rows[0], 1.0).candidates.values()
+    terms = [method.settings.guidance_terms()["kl"] for method in methods]
+    assert [(term.weight, term.cap) for term in terms] == [(1.0, 9.0), (2.0, 9.0)]
 
 
 @pytest.mark.parametrize("key", ["rule", "guidance", "tune"])
@@ -242,7 +268,8 @@ def test_plan_refuses_claims_about_rows_that_are_not_there(refused, make_plan):
     [("uniform", {"decay": 0.5}), ("layer-decay", {"share": 1}), ("pilot-search", {"top": 1})],
 )
 def test_method_refuses_options_that_its_rule_does_not_take(methods, rule, options):
-    (method,) = methods(rule=rule, options=options).values()
+    rate = None if rule == "pilot-search" else 0.1
+    (method,) = methods(rule=rule, rate=rate, options=options).values()
     with pytest.raises(ConfigError) as error:
         method.controller(SimpleNamespace(layer_groups=("a", "b")))
     assert str(error.value).startswith(f"`options` must fit the rule {rule}, got {options}: ")
@@ -320,15 +347,12 @@ def test_row_may_say_guidance_where_the_environment_has_a_kl_weight(methods):
 
 
 def test_row_has_settings_of_its_own(make_plan):
-    plan = make_plan(
-        [row(env={"optimizer": "adam", "base_lr": 0.01, "kl_weight": 2}), row(name="b")]
-    )
+    plan = make_plan([row(env={"optimizer": "adam", "base_lr": 0.01}), row(name="b")])
     ours, theirs = (
         next(iter(plan.row(wanted, 1.0).candidates.values())).settings
         for wanted in plan.wanted.rows
     )
     assert (ours.optimizer, ours.base_lr, ours.windows()) == ("adam", 0.01, (2, 2, 2))
-    assert ours.guidance_terms()["kl"].weight == 2
     assert theirs == plan.env
 
 

@@ -9,6 +9,7 @@ from agents.fit import LiveController, ScheduleController, fit
 from agents.lstm_policy import LSTMPolicyNetwork, ReinforcePolicy, layout_of
 from agents.policy import RandomPolicy
 from agents.rollout import run_controller, run_policy
+from agents.sb3 import spaces_of
 from asg_env.env import build_trainer
 from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import load_task
@@ -198,3 +199,19 @@ def test_fit_scales_the_base_rate_by_the_instance(make_settings, instance):
     scaled = replace(instance, base_lr_scale=2.0)
     fit(trainer, Static((0.1,) * 5), scaled, settings.windows())
     assert_same_weights(weights(trainer), expected)
+
+
+@pytest.mark.parametrize("spaces", ["lstm", "sb3"])
+def test_agents_read_further_guidance_terms_where_the_environment_puts_them(
+    make_env, make_settings, spaces
+):
+    values = {"observation": "extended", "guidance": {"kl": 0.1, "weight_l2": 0.0, "ewc": 0.5}}
+    env, settings = make_env(**values), make_settings(**values)
+    if spaces == "sb3":
+        assert spaces_of(TASK, settings) == (env.observation_space, env.action_space)
+        return
+    layout, labels = layout_of(TASK, settings), env.observation_labels
+    assert labels[5:7] == ("log_weight_l2", "log_ewc")
+    assert [labels[i] for i in layout.shared] == [name for name in labels if "/" not in name]
+    for group, columns in zip(env.trainer.layer_groups, layout.per_group, strict=True):
+        assert [labels[i].rpartition("/")[2] for i in columns] == [group] * 4

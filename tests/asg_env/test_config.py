@@ -149,6 +149,14 @@ def test_settings_name_the_known_guidance_when_one_is_unknown(guidance):
             {"guidance": {"kl": {"weight": 1, "layer": "a"}}},
             "`guidance` must give 'kl' keys of weight, cap, temperature, got 'layer'",
         ),
+        (
+            {"guidance": {"kl": {"weight": 1, "temperature": "hot"}}},
+            "`guidance` must give 'kl' a `temperature` of the kind of 1.0, got 'hot'",
+        ),
+        (
+            {"guidance": {"kl": {"weight": 1, "temperature": True}}},
+            "`guidance` must give 'kl' a `temperature` of the kind of 1.0, got True",
+        ),
         ({"guidance": {"no.py:X": 1}}, "`guidance` must name an existing file, got "),
     ],
 )

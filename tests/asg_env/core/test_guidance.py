@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from asg_env.core.data import Split
-from asg_env.core.guidance import TERMS, GuidanceError, Weighted
+from asg_env.core.guidance import TERMS, Guidance, GuidanceError, Weighted
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.trainer import Trainer, TrainerSettings
 
@@ -234,4 +234,49 @@ def test_snapshots_replay_under_all_terms_together(make_trainer, identical):
 def test_terms_refuse_options_in_one_sentence(make_trainer, term, sentence):
     with pytest.raises(GuidanceError, match="must be") as caught:
         make_trainer(term)
+    assert sentence in str(caught.value)
+
+
+def test_a_cap_lets_a_value_below_zero_pass():
+    # The KL of a network with itself is zero up to rounding, on either side.
+    guidance = Guidance(asked("kl", weight=75.0, cap=9.0), {})
+    value = torch.tensor(-1e-8, requires_grad=True)
+
+    total = guidance.objective(torch.tensor(2.0), {"kl": value})
+    total.backward()
+
+    assert total.item() == pytest.approx(2.0)
+    assert value.grad.item() == 75.0
+
+
+def test_teacher_sees_an_augmented_batch_once(make_trainer):
+    trainer = make_trainer({"feature_l2": 0.1}, augmentation="flip-crop")
+    calls = []
+    trainer._teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
+    trainer.run(4, [1.0] * 3)
+
+    assert len(calls) == 4
+
+
+class Broken:
+    def __init__(self, pretrained, answer="vector"):
+        if answer == "raise":
+            raise KeyError("no such layer")
+        self.answer = answer
+
+    def __call__(self, step):
+        return 1.0 if self.answer == "float" else torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ("raise", "'Broken' cannot be built: KeyError: 'no such layer'"),
+        ("float", "'Broken' must return a tensor without axes, got 1.0"),
+        ("vector", "'Broken' must return a tensor without axes, got tensor"),
+    ],
+)
+def test_terms_that_do_not_work_are_refused_in_one_sentence(make_trainer, answer, sentence):
+    with pytest.raises(GuidanceError) as caught:  # noqa: PT011
+        make_trainer({"Broken": Weighted(Broken, 1.0, None, {"answer": answer})}).run(1, [1.0] * 3)
     assert sentence in str(caught.value)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from asg_env.core import evaluation
 from asg_env.core import trainer as trainer_module
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.seeding import torch_generator
+from asg_env.core.telemetry import WindowRecorder
 
 ONES = (1.0, 1.0, 1.0)
 OPTIMIZERS = {
@@ -493,10 +495,60 @@ def test_schedule_free_networks_are_judged_and_saved_at_their_average(make_train
 def test_features_are_what_the_heads_read(make_trainer):
     trainer = make_trainer()
     trainer.run(2, [1.0] * 3)
-    features = trainer.features("test")
+    features = trainer.features("test", 100)
 
     with torch.no_grad():
         logits = trainer.optimizee.head(features)
     labels = trainer.splits["test"].labels
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(trainer.evaluate("test").loss, rel=1e-6)
+
+
+def test_features_of_a_part_of_a_split_are_balanced_over_classes(make_trainer, tiny_splits):
+    # Sorted by class, as lists of images are.
+    rows = tiny_splits["test"].labels.argsort(stable=True)
+    trainer = make_trainer(splits={**tiny_splits, "test": tiny_splits["test"].select(rows)})
+
+    part = trainer.features("test", 6)
+
+    whole = trainer.features("test", 12)
+    torch.testing.assert_close(part, whole[[0, 4, 8, 1, 5, 9]])
+
+
+def noise_and_descent(curvature, rate, momentum, steps, noise):
+    """Alignments of windows of `steps` on curvature / 2 |w|**2 with noisy gradients."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.ones(2000))
+    recorder = WindowRecorder([[weight]])
+    optimizer = torch.optim.SGD([weight], lr=rate, momentum=momentum)
+    recorder.start_training()
+    found = []
+    for _ in range(12):
+        recorder.start_window()
+        for step in range(steps):
+            drawn = torch.randn(2000, generator=generator)
+            weight.grad = curvature * weight.detach() + noise * drawn
+            if step == steps - 1:
+                recorder.mark()
+            optimizer.step()
+        found.append(recorder.report([torch.zeros(())] * 5 * steps).alignments[0])
+    return found
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (1, 0.9), (10, 0.0), (10, 0.9)])
+def test_alignment_of_pure_noise_is_nothing(steps, momentum):
+    found = noise_and_descent(0.0, 0.01, momentum, steps, noise=1.0)
+
+    assert max(abs(value) for value in found) < 0.1  # one over the root of 2000 is .02
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_alignment_is_positive_on_the_way_down_and_negative_when_overshooting(steps):
+    down = noise_and_descent(1.0, 0.1, 0.0, steps, noise=0.0)
+    # Past the minimum and back at every step, further each time.
+    over = noise_and_descent(1.0, 2.1, 0.0, steps, noise=0.0)
+
+    assert down[1:] == pytest.approx([1.0] * 11, abs=1e-4)
+    assert over[1:] == pytest.approx([-1.0] * 11, abs=1e-4)
+    if steps == 1:  # nothing has been taken before the first gradient
+        assert down[0] == over[0] == 0.0
