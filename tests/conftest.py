@@ -8,6 +8,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Run the slow tests first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def visda_root(tmp_path_factory):
     """A miniature VisDA-17, 5 renders and 4 photographs a class; who changes it takes a copy."""
