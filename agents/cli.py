@@ -26,7 +26,7 @@ from agents.cli_options import (
     policy_of_seed,
     progress_bar,
 )
-from agents.evaluate import acts_greedily, compare, reads_real_labels, summarise
+from agents.evaluate import acts_greedily, compare, reads_real_labels
 from agents.experiment import RunFolder, load_experiment, write_text
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
@@ -34,6 +34,7 @@ from agents.import_policy import import_policy_command
 from agents.prepare import prepare_command
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
 from agents.rollout import RolloutPool
+from agents.summary import summarise
 from agents.train import estimate_minutes, load_policies, train
 from asg_env.config import ConfigError
 from asg_env.core.guidance import GuidanceError

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from agents.cli_options import Assignments, Workers, console, progress_bar
+from agents.cli_options import Assignments, Workers, console, make_folder, progress_bar
 from agents.compare import Comparison, TrialRunner
 from agents.compare_figure import draw_comparison
 from agents.compare_results import markdown, summarise, table_csv
@@ -116,12 +116,7 @@ def _claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
         )
     if not rows.exists() and out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"{out} is not empty and holds no comparison; choose another --out")
-    try:
-        rows.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out"
-        ) from None
+    make_folder(rows)
 
 
 def _terminal_table(summary: dict[str, Any]) -> Table:

@@ -20,6 +20,7 @@ from agents.cli_options import (
     TrainingSeed,
     checked_instance,
     console,
+    make_folder,
     policy_of_seed,
     progress_bar,
 )
@@ -114,7 +115,7 @@ def fit_command(
     elif policy is not None:
         policy.seed(derive_seed(seed, "fit-actions"))
         source = LiveController(policy, settings, trainer, deterministic=bool(greedy))
-    _make_folder(out)  # now, not after the training
+    make_folder(out)  # now, not after the training
     began = time.perf_counter()
     records = _fit_with_progress(trainer, source, instance, settings.windows())
     seconds = time.perf_counter() - began
@@ -216,15 +217,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out"
-        ) from None
 
 
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:

@@ -73,6 +73,20 @@ def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:
     return policies[training_seed]
 
 
+def make_folder(out: Path) -> None:
+    """Make a folder to write to.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+
+
 def checked_instance(task: str, seed: int, scale: float) -> Instance:
     """Return the instance of an ordinary training with this seed."""
     try:

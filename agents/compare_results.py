@@ -94,7 +94,7 @@ def summarise(
         }
         for figure, _ in COLUMNS:
             found = estimate(row, figure, classes)
-            entry[figure] = None if found is None else _plain(found)
+            entry[figure] = None if found is None else found.to_dict()
         confusion = np.sum([result["confusion"] for result in flat], axis=0)
         entry |= {
             "overall_accuracy": float(correct.mean()),
@@ -125,7 +125,9 @@ def summarise(
         if difference is None:  # nothing to measure, or different numbers of training seeds
             untested.append(claim.claim)
             continue
-        tested.append({**claim.model_dump(), **_plain(difference), "verdict": _verdict(difference)})
+        tested.append(
+            {**claim.model_dump(), **difference.to_dict(), "verdict": _verdict(difference)}
+        )
     return {"rows": table, "claims": tested, "claims_not_tested": untested, "metric": metric}
 
 
@@ -155,15 +157,6 @@ def _mean_drifts(results: Sequence[Mapping[str, Any]]) -> list[float | None]:
         return [None] * len(results[0]["drifts"])
     means: list[float | None] = np.mean(kept, axis=0).tolist()
     return means
-
-
-def _plain(found: Estimate) -> dict[str, float]:
-    return {
-        "iqm": found.value,
-        "low": found.low,
-        "high": found.high,
-        "instances": found.instances,
-    }
 
 
 def _verdict(difference: Estimate) -> str:

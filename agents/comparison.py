@@ -170,7 +170,6 @@ class Plan:
             )
         if not sharing and any(row.rate == "shared" for row in wanted.rows):
             raise ConfigError("`rows` with rate: shared need a row with share_rate; add it")
-        self.sharing = sharing[0].name if sharing else None
         # Checked with any rate: a bad row is found now, not after an hour.
         for row in wanted.rows:
             self.row(row, shared=1.0)

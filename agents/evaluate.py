@@ -18,10 +18,9 @@ from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, SearchResult, search_static, train_instances
-from agents.statistics import Estimate, bootstrap_iqm, score
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError
-from asg_env.core.seeding import derive_seed, numpy_generator
+from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import SCALE_RANGE, Instance, published_test_instances
 from asg_env.rewards import Reward
@@ -404,87 +403,9 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def summarise(rows: Sequence[Row], experiment: Experiment) -> dict[str, Any]:
-    """Reduce rows to the numbers of `results.json`: IQM, interval, paired differences.
-
-    They are about the experiment's `metric`; `overall_accuracy` and `mean_recall` of each row
-    are plain means over seeds and instances.
-    """
-    labels = experiment.test_labels
-    assert labels is not None  # `compare` has refused
-    by_class = labels.numpy()
-    classes = by_class if experiment.env.metric == "mean_recall" else None
-    count = experiment.classes
-    primary = rows[0].correct()
-    table = []
-    for row in rows:
-        correct = row.correct()
-        scores = score(correct, classes, count)
-        estimate = bootstrap_iqm(
-            correct,
-            numpy_generator(EVALUATION_SEED, "bootstrap", row.name),
-            classes=classes,
-            count=count,
-        )
-        retention = [r.retention for rs in row.results for r in rs if r.retention is not None]
-        episodes = [r.episode for results in row.results for r in results]
-        entry: dict[str, Any] = {
-            "name": row.name,
-            "setting": row.setting,
-            "reference": row.reference,
-            "accuracy": _plain(estimate),
-            "mean": float(scores.mean()),
-            "std_over_instances": float(scores.std()),
-            "overall_accuracy": float(correct.mean()),
-            "mean_recall": float(score(correct, by_class, count).mean()),
-            "retention": float(np.mean(retention)) if retention else None,
-            "diverged": float(np.mean([e.diverged for e in episodes])),
-            "cost": {
-                "episodes": row.tuning_episodes,
-                "inner_steps": row.tuning_inner_steps,
-                "validation_images": row.tuning_images,
-            },
-            "per_instance": scores.round(6).tolist(),
-        }
-        if row is not rows[0]:
-            difference = bootstrap_iqm(
-                primary,
-                numpy_generator(EVALUATION_SEED, "difference", row.name),
-                minus=correct,
-                classes=classes,
-                count=count,
-            )
-            entry["controller_minus_this"] = _plain(difference)
-        table.append(entry)
-    return {
-        "protocol": {
-            "primary": rows[0].name,
-            "statistic": "interquartile mean over training seeds x instances",
-            "interval": "95 % percentile; resamples seeds, instances, test images; differences "
-            "paired by instance",
-            "instances": [r.episode.instance.to_dict() for r in rows[0].results[0]],
-            "training_seeds": len(rows[0].results),
-            "test_images": primary.shape[-1],
-            "reward": reward_in_words(experiment),
-            "metric": experiment.env.metric,
-        },
-        "rows": table,
-    }
-
-
 def _by_seed(results: list[TestResult], count: int) -> list[list[TestResult]]:
     return [results[i : i + count] for i in range(0, len(results), count)]
 
 
 def _vector(vector: Sequence[float]) -> str:
     return "(" + ", ".join(f"{m:g}" for m in vector) + ")"
-
-
-def _plain(estimate: Estimate) -> dict[str, float]:
-    return {
-        "iqm": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "seeds": estimate.seeds,
-        "instances": estimate.instances,
-    }

@@ -26,7 +26,7 @@ def draw_run(
 
     Args:
         rows: Results, the controller first.
-        summary: `agents.evaluate.summarise` of them.
+        summary: `agents.summary.summarise` of them.
         layer_groups: Names, input to head.
         path: PNG file to write.
     """

@@ -18,6 +18,16 @@ class Estimate:
     seeds: int
     instances: int
 
+    def to_dict(self) -> dict[str, float]:
+        """Return what result files hold of it."""
+        return {
+            "iqm": self.value,
+            "low": self.low,
+            "high": self.high,
+            "seeds": self.seeds,
+            "instances": self.instances,
+        }
+
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """Mean of the middle half: the lowest and highest quarter are dropped.

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +20,7 @@ from pydantic import (
 from asg_env.actions import GRIDS, ActionName, GridName
 from asg_env.core.augmentation import AugmentationName
 from asg_env.core.evaluation import Metric
-from asg_env.core.guidance import TERMS, Weighted
+from asg_env.core.guidance import TERMS, Term, Weighted
 from asg_env.core.numerics import Precision
 from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
 from asg_env.core.trainer import TrainerSettings
@@ -84,7 +84,7 @@ def _guidance(value: Any) -> Any:
         _guidance_entry(name, asked)
         short = isinstance(entry, Mapping) and set(asked) != {"weight"}
         entries[name] = asked if short else float(asked["weight"])
-    labels = [term_label(name) for name in entries]
+    labels = [_label(name) for name in entries]
     if len(set(labels)) < len(labels):
         raise ValueError(f"must name each term once, got {', '.join(labels)}")
     return entries
@@ -103,8 +103,7 @@ def _guidance_entry(name: str, asked: dict[str, Any]) -> None:
             raise ValueError(f"must map '{name}' to a {key} {bound}, got {number}")
         if key in asked:
             asked[key] = float(number)
-    build = load(name) if is_user_code(name) else TERMS[name]
-    parameters = list(inspect.signature(build).parameters.values())[1:]
+    parameters = list(inspect.signature(_term(name)).parameters.values())[1:]
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(set(asked) - {"weight", "cap", *known}, key=str)
     if unknown and len(known) == len(parameters):
@@ -124,7 +123,13 @@ def _guidance_entry(name: str, asked: dict[str, Any]) -> None:
             )
 
 
-def term_label(name: str) -> str:
+def _term(name: str) -> Callable[..., Term]:
+    """Return what builds the guidance term of this name."""
+    found: Callable[..., Term] = load(name) if is_user_code(name) else TERMS[name]
+    return found
+
+
+def _label(name: str) -> str:
     """Return what a guidance term is called in observations, `info` and tables."""
     return name.rpartition(":")[2]
 
@@ -204,7 +209,8 @@ class EnvSettings(Settings):
             )
         if self.optimizer not in ("sgd", "schedule-free") and self.momentum is not None:
             raise ValueError(
-                f"`momentum` is used by sgd only, got optimizer {self.optimizer}; leave it out"
+                f"`momentum` is used by sgd and schedule-free only, got optimizer "
+                f"{self.optimizer}; leave it out"
             )
         if self.optimizer == "schedule-free" and self.momentum == 0:
             raise ValueError("`momentum` must be > 0 with optimizer schedule-free, got 0")
@@ -232,8 +238,7 @@ class EnvSettings(Settings):
         for name, entry in asked.items():
             options = dict(entry) if isinstance(entry, dict) else {"weight": entry}
             weight, cap = options.pop("weight"), options.pop("cap", None)
-            build = load(name) if is_user_code(name) else TERMS[name]
-            terms[term_label(name)] = Weighted(build, weight, cap, options)
+            terms[_label(name)] = Weighted(_term(name), weight, cap, options)
         return terms
 
     def further_terms(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from agents.compare_figure import OTHER, PAPER, draw_comparison
 from agents.compare_results import COLUMNS, markdown, summarise, table_csv
 from agents.comparison import ClaimSettings
 from agents.figures import HIGHLIGHT
+from agents.statistics import Estimate
 
 LABELS = np.array([0, 0, 1, 1])
 ABOUT = {
@@ -178,8 +179,8 @@ def test_summary_counts_diverged_trainings_as_wrong_and_without_features():
 def test_summary_has_nothing_to_say_of_features_where_all_diverged():
     summary = summary_of(make_row(bad=range(4)))
     (entry,) = summary["rows"]
-    assert entry["accuracy"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "instances": 4}
-    assert entry["retention"] == {"iqm": 0.0, "low": 0.0, "high": 0.0, "instances": 4}
+    assert entry["accuracy"] == Estimate(0.0, 0.0, 0.0, 1, 4).to_dict()
+    assert entry["retention"] == Estimate(0.0, 0.0, 0.0, 1, 4).to_dict()
     for figure in ("hse_0", "hse_1", "hse_2", "calibration_error"):
         assert entry[figure] is None
     assert entry["drifts"] == [None, None]

@@ -283,8 +283,6 @@ def test_ordered_puts_the_row_first_that_shares_its_rate(make_plan):
     plan = make_plan(rows)
     assert [wanted.name for wanted in plan.ordered()] == ["sharing", "a", "b", "c"]
     assert [wanted.name for wanted in plan.wanted.rows] == ["a", "b", "sharing", "c"]
-    assert plan.sharing == "sharing"
-    assert make_plan([row()]).sharing is None
 
 
 def test_row_without_tuning_has_one_candidate(methods, make_settings):
@@ -396,7 +394,7 @@ def shipped():
 def test_shipped_rows_hold_the_originals_table_with_equal_budgets(shipped):
     papers = [wanted.paper for wanted in shipped.wanted.rows]
     assert [paper for paper in papers if paper is not None] == list(range(1, 9))
-    assert shipped.ordered()[0].name == shipped.sharing
+    assert shipped.ordered()[0].share_rate
     tuned = {
         wanted.name: len(shipped.row(wanted, 0.1).candidates) for wanted in shipped.wanted.rows
     }

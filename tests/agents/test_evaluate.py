@@ -19,13 +19,13 @@ from agents.evaluate import (
     acts_greedily,
     judge_controller,
     judge_policy,
-    summarise,
 )
 from agents.experiment import RunFolder
 from agents.policy import RandomPolicy
 from agents.results import results_markdown
 from agents.rollout import run_controller, run_policy
 from agents.statistics import interquartile_mean
+from agents.summary import summarise
 from agents.train import load_policies, train
 from asg_env.config import ConfigError
 from asg_env.instances import published_test_instances

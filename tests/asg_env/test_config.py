@@ -94,7 +94,7 @@ def test_settings_have_the_documented_defaults():
         ),
         (
             {"optimizer": "adam", "momentum": 0.5},
-            "`momentum` is used by sgd only, got optimizer adam; leave it out",
+            "`momentum` is used by sgd and schedule-free only, got optimizer adam; leave it out",
         ),
         (
             {"optimizer": "adamw", "momentum_form": "scaled-velocity"},
