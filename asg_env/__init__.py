@@ -9,18 +9,19 @@ from gymnasium.envs.registration import register
 
 if TYPE_CHECKING:
     from asg_env.config import EnvSettings
-    from asg_env.env import LayerwiseLREnv
+    from asg_env.env import LayerwiseLREnv, env_creator
     from asg_env.instances import Instance
     from asg_env.schedule import LearnedSchedule
 
 __version__ = "0.1.0"
-__all__ = ["EnvSettings", "Instance", "LayerwiseLREnv", "LearnedSchedule"]
+__all__ = ["EnvSettings", "Instance", "LayerwiseLREnv", "LearnedSchedule", "env_creator"]
 
 _HOMES = {
     "EnvSettings": "asg_env.config",
     "Instance": "asg_env.instances",
     "LayerwiseLREnv": "asg_env.env",
     "LearnedSchedule": "asg_env.schedule",
+    "env_creator": "asg_env.env",
 }
 
 

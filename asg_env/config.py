@@ -24,7 +24,7 @@ from asg_env.core.guidance import TERMS, Term, Weighted
 from asg_env.core.numerics import Precision
 from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
 from asg_env.core.trainer import TrainerSettings
-from asg_env.instances import InstanceSet, InstanceSplit
+from asg_env.instances import VARIED, Instance, InstanceSet, InstanceSplit
 from asg_env.observations import ObservationName
 from asg_env.rewards import DEFAULT_REWARD, REWARD_TERMS
 from asg_env.user_code import absolute, is_user_code, load
@@ -200,6 +200,28 @@ class EnvSettings(Settings):
                 f"`horizon` follows from steps_per_epoch and epochs with inner_steps="
                 f"{self.inner_steps}, got {self.horizon}; leave it out"
             )
+        for name in VARIED[self.instances]:
+            field = type(self).model_fields.get(name)
+            if field is None:
+                raise ValueError(
+                    f"`instances` must be fixed or unknown-scale on this task, got "
+                    f"{self.instances}, which varies {name}; ASG/Digits-v0 has that"
+                )
+            if getattr(self, name) != field.default:
+                raise ValueError(
+                    f"`{name}` is set by each instance of {self.instances}, got "
+                    f"{getattr(self, name)}; leave it out"
+                )
+        if "optimizer" in VARIED[self.instances] and self.momentum_form != "pytorch":
+            raise ValueError(
+                f"`momentum_form` must be pytorch with instances {self.instances}, some of which "
+                f"train with Adam, got {self.momentum_form}; leave it out"
+            )
+        if grown and "horizon" in VARIED[self.instances]:
+            raise ValueError(
+                f"`inner_steps` must be an integer with instances {self.instances}, which vary "
+                f"the horizon, got {self.inner_steps}"
+            )
         if self.guidance is not None and self.kl_weight is not None:
             raise ValueError("`kl_weight` is short for guidance={'kl': x}, got both; give one")
         if self.optimizer != "sgd" and self.momentum_form != "pytorch":
@@ -261,6 +283,21 @@ class EnvSettings(Settings):
             precision=self.precision,
             compile=self.compile,
             deterministic=self.deterministic,
+        )
+
+    def of(self, instance: Instance) -> "EnvSettings":
+        """Return the settings that one instance is trained with: its own in the place of these.
+
+        Raises:
+            ConfigError: The task has no such setting, or it does not go with the others.
+        """
+        changes = instance.changes()
+        if not changes:
+            return self
+        if changes.get("optimizer", "sgd") != "sgd":
+            changes["momentum"] = None  # used by SGD alone
+        return validate(
+            type(self), {**self.model_dump(), **changes, "instances": "fixed"}, "instance"
         )
 
     def task_arguments(self) -> dict[str, Any]:

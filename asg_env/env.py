@@ -3,7 +3,7 @@
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from asg_env.core.layer_groups import effective_lrs, split_parameters
 from asg_env.core.optimizers import ONE_RATE, lr_factor
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
-from asg_env.instances import Instance, draw_instance, published_test_instances
+from asg_env.instances import Instance, draw_instance, published_test_instances, variants
 from asg_env.observations import Observation
 from asg_env.rendering import EpisodeHistory, render_ansi, render_rgb_array
 from asg_env.rewards import LOSS_BOUND, Measurements, Reward, bounded_loss
@@ -99,22 +99,21 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         self.render_mode = render_mode
         self.settings = settings
         self.task_id = task
-        self.trainer = build_trainer(task, settings, processes)
+        self._processes = processes
+        self._trainers: dict[str, Trainer] = {}  # by the task's own settings
+        self.trainer = self._trainer_for(settings)
         groups = self.trainer.layer_groups
         self._action = ACTIONS[settings.action](settings.grid, len(groups))
         self._observation = Observation(
             settings.observation, groups, settings.grid, self.trainer.guidance.extra
         )
         self._reward = Reward(settings.reward)
-        self._windows = settings.windows()
+        self._windows = settings.windows()  # of the instance, from the first reset on
         self._measured = tuple(
             dict.fromkeys(
                 self._reward.splits
                 + (("inner_valid",) if self._observation.needs_inner_valid else ())
             )
-        )
-        self.images_per_measurement = sum(
-            len(self.trainer.splits[split]) for split in self._measured
         )
         self.action_space = self._action.space
         self.observation_space = self._observation.space
@@ -124,8 +123,13 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     @property
     def horizon(self) -> int:
-        """Env steps of an episode that does not diverge."""
+        """Env steps of the instance's episode, if it does not diverge."""
         return len(self._windows)
+
+    @property
+    def images_per_measurement(self) -> int:
+        """Validation images that are evaluated at every reset and env step."""
+        return sum(len(self.trainer.splits[split]) for split in self._measured)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -133,12 +137,19 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         """Start an episode; `options={"instance": Instance or its dict}` pins the instance.
 
         Raises:
-            ValueError: An option is unknown, or the instance is not of this task.
+            ValueError: An option is unknown, or the instance is not of this task or has settings
+                that do not fit it.
         """
         super().reset(seed=seed)
-        self.instance = self._choose_instance(dict(options or {}))
+        instance = self._choose_instance(dict(options or {}))
+        settings = self.settings.of(instance)
+        self.trainer = self._trainer_for(settings)
+        self.instance, self._windows = instance, settings.windows()
         self.trainer.reset(
-            self.instance.head_seed, self.instance.data_seed, self.instance.base_lr_scale
+            instance.head_seed,
+            instance.data_seed,
+            instance.base_lr_scale,
+            settings.trainer_settings(),
         )
         self._step_index = 0
         self._multipliers: tuple[float, ...] = (self.settings.start_multiplier,) * len(
@@ -222,8 +233,10 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a snapshot of this environment."""
+        settings = self.settings.of(snapshot["instance"])
+        self.trainer = self._trainer_for(settings)
         self.trainer.restore(snapshot["trainer"])
-        self.instance = snapshot["instance"]
+        self.instance, self._windows = snapshot["instance"], settings.windows()
         self._step_index = snapshot["step_index"]
         self._multipliers = snapshot["multipliers"]
         self._telemetry = snapshot["telemetry"]
@@ -241,6 +254,13 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
         if self.render_mode == "ansi":
             return render_ansi(self.history)
         return render_rgb_array(self.history)
+
+    def _trainer_for(self, settings: EnvSettings) -> Trainer:
+        """Return the trainer of a network and its images; each is built once."""
+        key = repr(settings.task_arguments())
+        if key not in self._trainers:
+            self._trainers[key] = build_trainer(self.task_id, settings, self._processes)
+        return self._trainers[key]
 
     def _choose_instance(self, options: dict[str, Any]) -> Instance:
         pinned = options.pop("instance", None)
@@ -371,6 +391,28 @@ def task_to_train(task_id: str, settings: EnvSettings) -> Task:
     return replace(task, splits=splits)
 
 
+def prepare_variants(
+    task_id: str, settings: EnvSettings, report: Callable[[str], None] = lambda what: None
+) -> None:
+    """Load every network and its images that instances of the set train; the device stays empty.
+
+    Networks that have to be pretrained first are then in the cache, for all processes.
+
+    Args:
+        task_id: Environment id.
+        settings: Of the environment.
+        report: Called with what is being loaded.
+
+    Raises:
+        ConfigError: As `task_to_train`.
+    """
+    changes = variants(settings.instances)
+    for number, change in enumerate(changes):
+        if len(changes) > 1:
+            report(f"network and images {number + 1} of {len(changes)}")
+        task_to_train(task_id, settings.of(Instance(task_id, 0, 0, **change)))
+
+
 def build_trainer(task_id: str, settings: EnvSettings, processes: int = 1) -> Trainer:
     """Load a task and put the inner trainer around it, on its device.
 
@@ -425,4 +467,20 @@ def make_env(task: str, render_mode: str | None = None, **settings: Any) -> Laye
     Raises:
         ConfigError: A setting is unknown or out of bounds.
     """
+    return LayerwiseLREnv(task, validate(settings_class(task), settings, ""), render_mode)
+
+
+def env_creator(config: Mapping[str, Any]) -> LayerwiseLREnv:
+    """Build an environment from one mapping, as RLlib's `tune.register_env` asks for.
+
+    Args:
+        config: The arguments of `gym.make`: `id`, and beside it any settings and `render_mode`.
+
+    Raises:
+        ConfigError: The id is missing or unknown, or a setting is unknown or out of bounds.
+    """
+    settings = dict(config)
+    task, render_mode = settings.pop("id", None), settings.pop("render_mode", None)
+    if not isinstance(task, str):
+        raise ConfigError(f"`id` must be an environment id such as ASG/Digits-v0, got {task!r}")
     return LayerwiseLREnv(task, validate(settings_class(task), settings, ""), render_mode)

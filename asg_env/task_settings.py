@@ -1,4 +1,4 @@
-"""Settings of the tasks on one's own images, and which settings belong to which task."""
+"""Settings that single tasks have beside the common ones, and which belong to which task."""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from asg_env.config import EnvSettings, InnerSteps
 from asg_env.core.evaluation import Metric
+from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName, five_digits
 from asg_env.tasks.image_task import OUTER_VALID_FRACTION, HeadName
 
 
@@ -24,6 +25,14 @@ def _patterns(value: Any) -> Any:
                 f"must map '{name}' to a regular expression, got '{pattern}' ({error})"
             ) from None
     return dict(value)
+
+
+class DigitsSettings(EnvSettings):
+    """Settings of `ASG/Digits-v0`: other digits, another width, another target domain."""
+
+    classes: Annotated[tuple[int, ...], BeforeValidator(five_digits)] = NEW_CLASSES
+    width: Annotated[float, Field(ge=0.25, le=8)] = 1.0
+    target: TargetName = "mnist"
 
 
 class DigitsImageNetSettings(EnvSettings):
@@ -102,6 +111,7 @@ class ImageFolderSettings(ImageTaskSettings):
 
 
 TASK_SETTINGS: dict[str, type[EnvSettings]] = {
+    "ASG/Digits-v0": DigitsSettings,
     "ASG/DigitsImageNet-v0": DigitsImageNetSettings,
     "ASG/VisDA17-v0": VisDA17Settings,
     "ASG/ImageFolder-v0": ImageFolderSettings,
@@ -110,4 +120,4 @@ TASK_SETTINGS: dict[str, type[EnvSettings]] = {
 
 def settings_class(task_id: str) -> type[EnvSettings]:
     """Return the class whose fields are the settings of a task."""
-    return TASK_SETTINGS.get(task_id, EnvSettings)
+    return TASK_SETTINGS.get(task_id, EnvSettings)  # an unknown task is refused later

@@ -22,7 +22,7 @@ ALLOWED_WITHIN = {
     "asg_env.core": ("asg_env.core",),
     "asg_env.tasks": ("asg_env.core", "asg_env.tasks"),
 }
-# Packages that only these modules may import.
+# Packages that only these modules, and those whose names go on with `_`, may import.
 ONLY_IN = {
     "yaml": {"asg_env.config", "agents.experiment"},
     "stable_baselines3": {"agents.sb3"},
@@ -62,7 +62,9 @@ def violations(source, module):
                 if not inside or name == "asg_env":
                     found.append(f"{module} imports {name}")
         for package, homes in ONLY_IN.items():
-            if below(name, package) and module not in homes:
+            if below(name, package) and not any(
+                module == home or module.startswith(f"{home}_") for home in homes
+            ):
                 found.append(f"{module} imports {name}")
     return sorted(set(found))
 

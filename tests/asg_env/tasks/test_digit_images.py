@@ -17,6 +17,9 @@ SIZES = {
 SMALL = {"train/images": np.arange(6, dtype=np.uint8), "train/labels": np.arange(2)}
 
 
+PARTS = ("images", "labels")
+
+
 @pytest.fixture(scope="module")
 def images():
     return load_images()
@@ -27,7 +30,7 @@ def empty_cache(tmp_path, monkeypatch):
     """An empty cache folder, and small images made in place of the real ones; counts how often."""
     made = []
 
-    def make(image_size):
+    def make(image_size, classes):
         made.append(image_size)
         return SMALL
 
@@ -74,7 +77,37 @@ def test_handwritten_labels_match_the_scans(images):
 
 
 def test_images_made_anew_equal_the_cached_ones(images):
-    assert digest(digit_images._make_images(16)) == digest(images) == digest(load_images())
+    assert (
+        digest(digit_images._make_images(16, (5, 6, 7, 8, 9)))
+        == digest(images)
+        == digest(load_images())
+    )
+
+
+def test_a_scan_tests_new_digits_in_every_set_of_them(images):
+    odd = load_images(classes=(1, 3, 5, 7, 9))
+
+    def scans(arrays, split, label):
+        return {i.tobytes() for i in arrays[f"{split}/images"][arrays[f"{split}/labels"] == label]}
+
+    for split in ("outer_valid", "test"):  # 5, 7 and 9 are new in both sets
+        for usual, other in ((0, 2), (2, 3), (4, 4)):
+            assert scans(images, split, usual) == scans(odd, split, other)
+    assert scans(images, "teacher_train", 0) == scans(odd, "teacher_train", 0)  # 0 is old in both
+    assert {k: v.shape for k, v in odd.items()} == {k: v.shape for k, v in images.items()}
+
+
+def test_the_other_target_changes_real_images_of_the_new_task_alone(images):
+    scans = load_images(target="scans")
+
+    changed = {key for key in images if not np.array_equal(images[key], scans[key])}
+    assert changed == {f"{s}/{part}" for s in ("outer_valid", "test") for part in PARTS}
+    assert scans["outer_valid/images"].shape == (300, 1, 16, 16)
+    assert scans["test/images"].shape == (550, 1, 16, 16)
+    assert np.bincount(scans["test/labels"]).tolist() == [110] * 5
+    rows = [{i.tobytes() for i in scans[f"{s}/images"]} for s in ("outer_valid", "test")]
+    assert not rows[0] & rows[1]
+    assert scans["test/images"].max() == 255
 
 
 def test_digest_reacts_to_any_change(images):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from asg_env.tasks import digits
 from asg_env.tasks.digit_images import load_images
 from asg_env.tasks.digits import LAYER_GROUPS, load_task, teacher_metadata, train_teacher
 
@@ -72,3 +73,56 @@ def test_train_teacher_repeats_and_leaves_the_global_generator(monkeypatch):
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def quick_teachers(tmp_path, monkeypatch):
+    """An empty cache of teachers that are trained for three steps; returns how often they were."""
+    trained = []
+    train = digits.train_teacher
+
+    def count(arrays, widths):
+        trained.append(widths)
+        return train(arrays, widths)
+
+    images = load_images()
+    monkeypatch.setattr(digits, "load_images", lambda *arguments: images)
+    monkeypatch.setattr(digits, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(digits, "train_teacher", count)
+    monkeypatch.setenv("ASG_CACHE", str(tmp_path / "not-there-yet"))
+    return trained
+
+
+def test_a_teacher_of_other_digits_is_trained_once_and_kept(quick_teachers):
+    first, again = (digits.cached_teacher((0, 1, 2, 3, 4), 0.5) for _ in range(2))
+
+    assert quick_teachers == [(4, 8, 16, 32)]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    digits.cached_teacher((0, 1, 2, 3, 4), 1.0)
+    assert len(quick_teachers) == 2
+
+
+def test_a_damaged_teacher_is_trained_again(quick_teachers, tmp_path):
+    first = digits.cached_teacher((0, 1, 2, 3, 4), 0.5)
+    (path,) = (tmp_path / "not-there-yet").iterdir()
+    path.write_bytes(b"torn")
+
+    again = digits.cached_teacher((0, 1, 2, 3, 4), 0.5)
+
+    assert len(quick_teachers) == 2
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_teacher_is_returned_where_nothing_can_be_kept(quick_teachers, tmp_path):
+    (tmp_path / "not-there-yet").write_text("a file in the place of the folder")
+
+    assert "0.0.0.weight" in digits.cached_teacher((0, 1, 2, 3, 4), 0.5)
+
+
+def test_width_scales_every_block_and_keeps_the_layer_groups(quick_teachers):
+    task = load_task(width=2.0)
+
+    convolutions = [m for m in task.optimizee.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [16, 32, 64, 128]
+    assert task.layer_groups == LAYER_GROUPS
+    assert task.reference_digest is None
