@@ -4,13 +4,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.resampling import (
+    canonical_order,
+    crossed,
+    draw_counts,
+    leave_one_out,
+    ranks,
+    weighted_iqm,
+    widened,
+)
+
 RESAMPLES = 2000
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An interquartile mean, its percentile interval, and how many units stand behind it."""
+    """An interquartile mean, its widened interval, and how many units stand behind it."""
 
     value: float
     low: float
@@ -71,7 +80,8 @@ def bootstrap_iqm(
         count: See `score`.
 
     Returns:
-        Estimate with a percentile interval of `CONFIDENCE`.
+        Estimate with a `widened` interval of `CONFIDENCE`; no permutation of seeds or instances
+        changes it.
 
     Raises:
         ValueError: `minus` has another shape than that.
@@ -81,34 +91,37 @@ def bootstrap_iqm(
         raise ValueError(
             f"`minus` must have the shape {correct.shape}, or that with one seed, got {minus.shape}"
         )
+    other = np.zeros_like(correct[:1]) if minus is None else minus
+    runs = np.concatenate([correct, np.broadcast_to(other, correct.shape)], axis=-1)
+    content = np.packbits(runs.reshape(seeds * instances, -1), axis=1)
+    rows, columns = canonical_order(ranks(content).reshape(seeds, instances))
+    correct = np.ascontiguousarray(correct[rows][:, columns])
+    other = np.ascontiguousarray(other[rows if len(other) == seeds else [0]][:, columns])
+
     strata = [np.arange(images)]
     if classes is not None:
         strata = [np.flatnonzero(classes == label) for label in np.unique(classes)]
     shares = len(strata) if classes is None or count is None else count
-    units = score(correct, classes, count)
-    if minus is not None:
-        units = units - score(minus, classes, count)
-    value = float(interquartile_mean(units.reshape(-1)))
+    units = score(correct, classes, count) - score(other, classes, count)
     draws = np.empty(RESAMPLES)
     block = 100  # resamples at a time: bounds the memory of the weight matrix
-    for start in range(0, RESAMPLES, block):
-        weights = np.empty((block, images))
-        for rows in strata:
-            n = len(rows)
-            drawn = generator.multinomial(n, np.full(n, 1 / n), size=block)
-            weights[:, rows] = drawn / (n * shares)
-        left = _weighted(correct, weights)
-        right = _weighted(minus, weights) if minus is not None else np.zeros((1, instances, 1))
-        for index in range(block):
-            seed_index = generator.integers(seeds, size=seeds)
-            instance_index = generator.integers(instances, size=instances)
-            resampled = left[seed_index][:, instance_index, index]
-            other = right[seed_index if len(right) == seeds else np.zeros(1, dtype=int)]
-            resampled = resampled - other[:, instance_index, min(index, other.shape[2] - 1)]
-            draws[start + index] = interquartile_mean(resampled.reshape(-1))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), seeds, instances)
+    for start in range(0, len(draws), block):
+        size = min(block, len(draws) - start)
+        weights = np.empty((size, images))
+        for stratum in strata:
+            n = len(stratum)
+            weights[:, stratum] = draw_counts([n], size, generator)[0] / (n * shares)
+        resampled = _weighted(correct, weights) - _weighted(other, weights)
+        draws[start : start + size] = weighted_iqm(
+            resampled.reshape(seeds * instances, size).T,
+            crossed(*draw_counts(units.shape, size, generator)),
+        )
+    without = [
+        _without_each_image(correct[..., stratum], other[..., stratum], units, shares)
+        for stratum in strata
+        if len(stratum) > 1
+    ]
+    return _estimate(units, draws, without, (-1.0 if minus is not None else 0.0, 1.0))
 
 
 def score(correct: np.ndarray, classes: np.ndarray | None, count: int | None = None) -> np.ndarray:
@@ -141,18 +154,40 @@ def bootstrap_values(
     """
     units = values if minus is None else values - minus
     units = units[:, ~np.isnan(units).any(axis=0)]
-    seeds, instances = units.shape
-    if instances == 0:
+    if units.size == 0:
         return None
-    draws = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        seed_index = generator.integers(seeds, size=seeds)
-        instance_index = generator.integers(instances, size=instances)
-        draws[index] = interquartile_mean(units[np.ix_(seed_index, instance_index)].reshape(-1))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    value = float(interquartile_mean(units.reshape(-1)))
-    return Estimate(value, float(low), float(high), seeds, instances)
+    rows, columns = canonical_order(units)
+    units = np.ascontiguousarray(units[rows][:, columns])
+    counts = draw_counts(units.shape, RESAMPLES, generator)
+    return _estimate(units, weighted_iqm(units.reshape(-1), crossed(*counts)), [])
+
+
+def _estimate(
+    units: np.ndarray,
+    draws: np.ndarray,
+    without: list[np.ndarray],
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Estimate:
+    """IQM of units of shape (S, I) with the interval that their resamples give.
+
+    `without` holds the IQM without each unit of any factor beside seeds and instances.
+    """
+    flat = units.reshape(-1)
+    by_run = leave_one_out(lambda *counts: weighted_iqm(flat, crossed(*counts)), units.shape)
+    value = interquartile_mean(flat)
+    low, high = widened(value, draws, [*by_run, *without], bounds)
+    return Estimate(float(value), float(low), float(high), *units.shape)
+
+
+def _without_each_image(
+    correct: np.ndarray, other: np.ndarray, units: np.ndarray, shares: int
+) -> np.ndarray:
+    """IQM without each image of a class of n, shape (n,), where each class counts 1 / shares."""
+    rights = correct.astype(float) - other
+    n = rights.shape[-1]
+    change = (rights.mean(axis=-1, keepdims=True) - rights) / ((n - 1) * shares)
+    left = (units[..., None] + change).reshape(-1, n).T
+    return weighted_iqm(left, np.ones(left.shape, dtype=int))
 
 
 def _weighted(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
