@@ -35,6 +35,7 @@ from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
 from asg_env.env import build_trainer
 from asg_env.instances import Instance
+from asg_env.observations import NEED_INNER_VALID
 from asg_env.schedule import LearnedSchedule
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
@@ -95,7 +96,7 @@ def fit_command(
             settings, start, ("observation", "action", "grid", "start_multiplier"), "controller"
         )
         learned_terms = validate(type(settings), start, "env").further_terms()
-        if settings.observation == "extended" and settings.further_terms() != learned_terms:
+        if settings.observation in NEED_INNER_VALID and settings.further_terms() != learned_terms:
             raise ConfigError(
                 f"`env.guidance` must hold the terms {list(learned_terms)} beside kl, which the "
                 f"controller observes, got {list(settings.further_terms())}; keep them, at any "

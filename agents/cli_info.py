@@ -11,7 +11,7 @@ from agents.experiment import env_settings, provenance
 from asg_env.config import ConfigError, EnvSettings
 from asg_env.core.data import HostImages, placement
 from asg_env.env import checked_task, device_of
-from asg_env.instances import published_test_instances
+from asg_env.instances import VARIED, published_test_instances
 from asg_env.tasks import SUMMARIES
 
 
@@ -34,13 +34,13 @@ def info_command(
     """
     if task is None and (instances is not None or settings):
         raise ConfigError("--instances and --set belong to a task; add --task ID")
-    if instances not in (None, "fixed", "unknown-scale"):
-        raise ConfigError(f"--instances must be fixed or unknown-scale, got {instances}")
+    if instances is not None and instances not in VARIED:
+        raise ConfigError(f"--instances must be one of {', '.join(VARIED)}, got {instances}")
     report: dict[str, Any] = {"provenance": provenance()}
     if task is not None:
         report["task"] = _describe(task, env_settings(task, settings or ()))
     if task is not None and instances is not None:
-        listed = published_test_instances(task, instances)  # type: ignore[arg-type]
+        listed = published_test_instances(task, instances)
         report["test_instances"] = [instance.to_dict() for instance in listed]
     console.print_json(json.dumps(report))
 

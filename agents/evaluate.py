@@ -6,7 +6,7 @@ image is looked at.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,20 @@ from agents.baselines import FAMILIES, Controller, KnownScale, Static
 from agents.experiment import Experiment, RunFolder, read_provenance
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
-from agents.rollout import Episode, RolloutPool, run_controller, run_policy
-from agents.search import Scorer, SearchResult, search_static, train_instances
+from agents.rollout import Episode, RolloutPool, WorkerPool, run_controller, run_policy
+from agents.search import (
+    Scorer,
+    SearchResult,
+    search_static,
+    train_instances,
+    tuning_instances,
+)
 from asg_env.actions import ACTIONS
 from asg_env.config import ConfigError
+from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
-from asg_env.instances import SCALE_RANGE, Instance, published_test_instances
+from asg_env.instances import Instance, published_test_instances
 from asg_env.rewards import Reward
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
@@ -37,12 +44,18 @@ class TestResult:
     Attributes:
         episode: Its record.
         correct: Per test image, bool, shape (N,); all False after divergence.
+        recall: Mean over classes of the share of the class's test images that is right.
         retention: See `agents.judgement.retention_of`.
     """
 
     episode: Episode
     correct: np.ndarray
+    recall: float
     retention: float | None
+
+    def score(self, metric: Metric) -> float:
+        """Return the figure called `metric`."""
+        return float(self.correct.mean()) if metric == "accuracy" else self.recall
 
 
 def judge_policy(
@@ -82,8 +95,12 @@ class Row:
     reference: bool = False
 
     def correct(self) -> np.ndarray:
-        """Bool, shape (S, I, N)."""
+        """Bool, shape (S, I, N), where all instances are tested on the same images."""
         return np.stack([[r.correct for r in row] for row in self.results])
+
+    def scores(self, metric: Metric) -> np.ndarray:
+        """Figure of each network, shape (S, I)."""
+        return np.array([[r.score(metric) for r in row] for row in self.results])
 
 
 class Evaluation:
@@ -135,41 +152,24 @@ class Evaluation:
         experiment = self._experiment
         if not reads_real_labels(experiment):
             return ((False, True) if is_imported(self._run) else (True, False)), {}
-        jobs = [
-            (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
-            for greedy in (False, True)
-            for seed, policy in enumerate(policies)
-            for index, instance in enumerate(self._tuning_instances(MODE_INSTANCES))
-        ]
         self._report("greedy or sampled actions, on train instances")
-        episodes: list[Episode] = list(self._pool.map(run_policy, jobs))
-        accuracies = np.array([episode.accuracy[-1] for episode in episodes])
-        sampled, greedy = accuracies.reshape(2, -1).mean(axis=1)
+        greedy, episodes = choose_mode(self._pool, policies, self._tuning_instances(MODE_INSTANCES))
         cost = {
             "episodes": len(episodes) // len(policies),
             "inner_steps": sum(e.inner_steps for e in episodes) // len(policies),
             "validation_images": sum(e.validation_images for e in episodes) // len(policies),
         }
-        return ((True, False) if greedy >= sampled else (False, True)), cost
+        return ((True, False) if greedy else (False, True)), cost
 
     def _tuning_instances(self, count: int) -> list[Instance]:
-        """Train instances on which everything that is tuned is chosen.
-
-        Hidden scales stand in the middle of `count` equal parts of the log range: a few random
-        ones could all be small, and the rates chosen on them would diverge elsewhere.
-        """
+        """Train instances on which everything that is tuned is chosen."""
         experiment = self._experiment
-        drawn = train_instances(
+        return tuning_instances(
             experiment.task,
             experiment.env.instances,
             derive_seed(EVALUATION_SEED, "tuning"),
             count,
         )
-        if experiment.env.instances == "fixed":
-            return drawn
-        low, high = np.log(SCALE_RANGE)
-        scales = np.exp(low + (high - low) * (np.arange(count) + 0.5) / count).tolist()
-        return [replace(i, base_lr_scale=s) for i, s in zip(drawn, scales, strict=True)]
 
     def row_beside(self, policies: Sequence[Policy], greedy: bool, count: int) -> Row:
         """Judge this run's controller for the table of another run."""
@@ -256,7 +256,8 @@ class Evaluation:
                 found[0],
             )
         ]
-        if experiment.env.instances == "fixed" or not experiment.train.reference:
+        # What a hidden scale is worth can be told where it is the only thing that varies.
+        if experiment.env.instances != "unknown-scale" or not experiment.train.reference:
             return rows
         known = self._search("fixed", 0, "known_scale.json")
         rows += [
@@ -289,6 +290,31 @@ class Evaluation:
         result = search_static(scorer, experiment.env.grid, self._groups, budget, seed)
         self._run.write_json(file, result.__dict__)
         return result
+
+
+def choose_mode(
+    pool: WorkerPool, policies: Sequence[Policy], listed: Sequence[Instance]
+) -> tuple[bool, list[Episode]]:
+    """Whether policies do better with greedy than with sampled actions, by outer_valid.
+
+    Args:
+        pool: Of environments.
+        policies: One per training seed.
+        listed: Train instances.
+
+    Returns:
+        True for greedy, and the episodes that were run.
+    """
+    jobs = [
+        (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
+        for greedy in (False, True)
+        for seed, policy in enumerate(policies)
+        for index, instance in enumerate(listed)
+    ]
+    episodes: list[Episode] = list(pool.map(run_policy, jobs))
+    accuracies = np.array([episode.accuracy[-1] for episode in episodes])
+    sampled, greedy = accuracies.reshape(2, -1).mean(axis=1)
+    return bool(greedy >= sampled), episodes
 
 
 def compare(

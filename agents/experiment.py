@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module, metadata
 from importlib.resources import files
@@ -19,12 +19,26 @@ from pydantic import Field
 
 from agents.search import FIRST_RUNG
 from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
-from asg_env.env import task_of, task_to_train
+from asg_env.env import prepare_variants, task_of
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
 
-# `agent.kind` -> its module, imported when asked for; each has `AgentSettings` and `Learner`.
-AGENT_MODULES = {"reinforce": "agents.reinforce", "ppo": "agents.sb3"}
+# `agent.kind` -> its module, imported when asked for, and in it the settings class. Each module
+# has `Learner`, `CHECKPOINT` and `load_policy`.
+AGENTS: dict[str, tuple[str, str]] = {
+    "reinforce": ("agents.reinforce", "ReinforceSettings"),
+    "sequence-ppo": ("agents.sequence_ppo", "SequencePPOSettings"),
+    "es": ("agents.evolution", "EvolutionSettings"),
+    "ppo": ("agents.sb3", "PPOSettings"),
+    "a2c": ("agents.sb3", "A2CSettings"),
+    "recurrent-ppo": ("agents.sb3", "RecurrentPPOSettings"),
+    "trpo": ("agents.sb3", "TRPOSettings"),
+    "sac": ("agents.sb3", "SACSettings"),
+    "td3": ("agents.sb3", "TD3Settings"),
+    "tqc": ("agents.sb3", "TQCSettings"),
+    "crossq": ("agents.sb3", "CrossQSettings"),
+    "ars": ("agents.sb3", "ARSSettings"),
+}
 
 MAX_WORKERS = 256  # processes; more are a slip of the keyboard
 
@@ -61,13 +75,13 @@ class Experiment:
             )
         agent = _section(values, "agent")
         kind = agent.get("kind")
-        if not isinstance(kind, str) or kind not in AGENT_MODULES:
+        if not isinstance(kind, str) or kind not in AGENTS:
             raise ConfigError(
-                f"`agent.kind` must be one of {', '.join(AGENT_MODULES)}, got {kind!r}; "
-                "set agent.kind"
+                f"`agent.kind` must be one of {', '.join(AGENTS)}, got {kind!r}; set agent.kind"
             )
-        self.agent_module = import_module(AGENT_MODULES[kind])
-        self.agent = validate(self.agent_module.AgentSettings, agent, "agent")
+        module, settings = AGENTS[kind]
+        self.agent_module = import_module(module)
+        self.agent = validate(getattr(self.agent_module, settings), agent, "agent")
         self.train = validate(TrainSettings, _section(values, "train"), "train")
         if 0 < self.search_episodes < FIRST_RUNG:  # now, not after the training
             raise ConfigError(
@@ -101,21 +115,24 @@ class Experiment:
         """Number of classes that the network tells apart."""
         return self._loaded[2]
 
-    def check(self) -> None:
+    def check(self, report: Callable[[str], None] = lambda what: None) -> None:
         """Load the task and build the agent, so that a setting that fits neither is found early.
 
         No image is put on the device: this process would keep the memory that workers need.
 
+        Args:
+            report: Called with what is being loaded, where instances need several networks.
+
         Raises:
             ConfigError: A setting does not fit the task, the machine or the agent.
         """
-        task_to_train(self.task, self.env)
+        prepare_variants(self.task, self.env, report)
         self.agent_module.Learner(self.task, self.env, self.agent, self.seed, self.train.workers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved values: what `config.yaml` of a run folder holds."""
         return {
-            "env": {"id": self.task, **self.env.model_dump(exclude_none=True)},
+            "env": {"id": self.task, **self.env.model_dump(mode="json", exclude_none=True)},
             "agent": self.agent.model_dump(),
             "train": self.train.model_dump(exclude_none=True),
             "seed": self.seed,
@@ -158,14 +175,14 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: The file or a value cannot be used.
     """
     values = read_yaml(config_path("experiment", name))
-    assignments = [_assignment(override) for override in overrides]
+    assignments = [assignment(override) for override in overrides]
     for key in ("env", "agent"):  # another whole section, before single values of it
         for _, parts, value in assignments:
             if parts == [key]:
                 values[key] = value
         if isinstance(values.get(key), str):
             values[key] = read_yaml(config_path(key, values[key]))
-    _assign(values, [a for a in assignments if a[1] not in (["env"], ["agent"])])
+    assign(values, [a for a in assignments if a[1] not in (["env"], ["agent"])])
     return Experiment(values)
 
 
@@ -182,18 +199,23 @@ def env_settings(
             f"`task` must be one of {', '.join(TASK_MODULES)}, got '{task}'; give one of these"
         )
     values: dict[str, Any] = {"env": dict(start or {})}
-    assignments = [_assignment(override) for override in overrides]
+    assignments = [assignment(override) for override in overrides]
     for override, parts, _ in assignments:
         if len(parts) < 2 or parts[0] != "env":
             raise ConfigError(f"--set must look like env.root=DIR here, got {override!r}")
-    _assign(values, assignments)
+    assign(values, assignments)
     return validate(settings_class(task), values["env"], "env")
 
 
 Assignment = tuple[str, list[str], Any]  # as typed, the path of the key, the value
 
 
-def _assignment(override: str) -> Assignment:
+def assignment(override: str) -> Assignment:
+    """Split `key.key=value`, the value read as YAML.
+
+    Raises:
+        ConfigError: It does not look like that.
+    """
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
@@ -204,7 +226,12 @@ def _assignment(override: str) -> Assignment:
         raise ConfigError(f"--set {override}: {error}") from None
 
 
-def _assign(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:
+def assign(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:
+    """Set values by the paths of their keys, in place.
+
+    Raises:
+        ConfigError: A path leads through what is no section.
+    """
     for override, parts, value in assignments:
         target = values
         for part in parts[:-1]:
@@ -279,13 +306,18 @@ class RunFolder:
         try:
             if config.exists():
                 shutil.rmtree(path)
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
-            write_text(config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
+            return cls.start(path, experiment)
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written ({error.strerror}); choose another --out"
             ) from None
+
+    @classmethod
+    def start(cls, path: Path, experiment: Experiment) -> "RunFolder":
+        """Write what a run folder begins with."""
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+        write_text(path / "config.yaml", yaml.safe_dump(experiment.to_dict(), sort_keys=False))
         return cls(path, experiment)
 
     @classmethod
@@ -362,6 +394,7 @@ def versions() -> dict[str, str]:
         "gymnasium",
         "numpy",
         "stable-baselines3",
+        "sb3-contrib",
         "mlxtend",
         "timm",
         "torchvision",

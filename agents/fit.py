@@ -60,7 +60,9 @@ class LiveController:
         loss = 0.0
         if self._observation.needs_inner_valid:
             loss = self._trainer.evaluate("inner_valid").loss
-        observation = self._observation.encode(report, self._previous_ce, progress, self._now, loss)
+        observation = self._observation.encode(
+            report, self._previous_ce, progress, self._now, loss, self._trainer.chance_loss
+        )
         self._previous_ce = report.ce
         action, self._state = self._policy.predict(
             observation,

@@ -61,12 +61,16 @@ def judge_network(trainer: Trainer, diverged: bool) -> Judgement:
     )
 
 
-def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float | None]:
-    """Return which test images are right, (N,), none after divergence, and retention."""
+def test_network(trainer: Trainer, diverged: bool) -> tuple[np.ndarray, float, float | None]:
+    """Return which test images are right, (N,), mean per-class recall, and retention.
+
+    After divergence no image is right.
+    """
     retention = retention_of(trainer, diverged)
     if diverged:
-        return np.zeros(len(trainer.splits["test"]), dtype=bool), retention
-    return trainer.evaluate("test").correct.numpy(), retention
+        return np.zeros(len(trainer.splits["test"]), dtype=bool), 0.0, retention
+    result = trainer.evaluate("test")
+    return result.correct.numpy(), result.mean_recall, retention
 
 
 def retention_of(trainer: Trainer, diverged: bool) -> float | None:

@@ -1,63 +1,14 @@
-"""The LSTM policy: one LSTM per scalar feature, one action head per layer group.
+"""The LSTM policy network: one LSTM per scalar feature, one action head per layer group.
 
 The network is the one of ASG (docs/original.md, section 2); `agents.reinforce` trains it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
-from asg_env.actions import ACTIONS, BoxAction, GridAction, RelativeAction
-from asg_env.config import ConfigError, EnvSettings
-from asg_env.core.seeding import numpy_generator
-from asg_env.env import task_of
-from asg_env.observations import Observation
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which observation entries are shared and which belong to a layer group.
-
-    Attributes:
-        shared: Indices of entries that concern the whole network, each with its own LSTM.
-        per_group: Indices of each group's own entries, which its action head sees directly.
-        actions: Number of choices per group.
-    """
-
-    shared: tuple[int, ...]
-    per_group: tuple[tuple[int, ...], ...]
-    actions: int
-
-    @classmethod
-    def of(
-        cls,
-        labels: Sequence[str],
-        layer_groups: Sequence[str],
-        action: GridAction | RelativeAction | BoxAction,
-    ) -> "Layout":
-        """Read the layout off an environment's labels and action encoding.
-
-        Raises:
-            ConfigError: The action space is not `MultiDiscrete`.
-        """
-        if not isinstance(action.space, spaces.MultiDiscrete):
-            raise ConfigError(
-                "`env.action` must be grid or relative for the agent reinforce, got box; "
-                "set agent=ppo for box actions"
-            )
-        return cls(
-            shared=tuple(i for i, label in enumerate(labels) if "/" not in label),
-            per_group=tuple(
-                tuple(i for i, label in enumerate(labels) if label.endswith(f"/{group}"))
-                for group in layer_groups
-            ),
-            actions=int(action.space.nvec[0]),
-        )
+from agents.recurrent_policy import Layout
 
 
 class _StateEncoder(nn.Module):
@@ -149,66 +100,3 @@ class LSTMPolicyNetwork(nn.Module):
             for own_columns, head in zip(self.layout.per_group, heads, strict=True)
         ]
         return torch.log_softmax(torch.stack(logits, dim=-2), dim=-1), torch.cat(states, dim=-1)
-
-
-class ReinforcePolicy:
-    """The network as a policy: carries the recurrent state, samples from its own generator."""
-
-    def __init__(self, network: LSTMPolicyNetwork) -> None:
-        self.network = network
-        self.seed(0)
-
-    def seed(self, seed: int) -> None:
-        """Seed the generator of sampled actions."""
-        self._generator = numpy_generator(seed, "actions")
-
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: np.ndarray | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Choose actions, as stable-baselines3's `predict` does.
-
-        Rows go through the network one at a time, because bits change with the batch size.
-
-        Args:
-            observation: Shape (D,) or (N, D).
-            state: Recurrent state as returned before, shape (N, 2, F * hidden), or None.
-            episode_start: Shape (N,), bool: rows whose state starts from zero.
-            deterministic: Take each group's most likely choice instead of sampling.
-
-        Returns:
-            Actions of shape (G,) or (N, G), int64, and the next state.
-        """
-        rows = np.atleast_2d(observation)
-        if state is None:
-            state = np.stack([self.network.initial_state(1)[:, 0].numpy()] * len(rows))
-        if episode_start is not None:
-            state = state * ~np.asarray(episode_start, dtype=bool)[:, None, None]
-        actions, states = [], []
-        for row, row_state in zip(rows, state, strict=True):
-            with torch.no_grad():
-                log_probs, after = self.network(
-                    torch.from_numpy(np.ascontiguousarray(row, np.float32))[None, None],
-                    torch.from_numpy(np.ascontiguousarray(row_state, np.float32))[:, None],
-                )
-            probabilities = log_probs[0, 0].double().exp().numpy()  # (G, M)
-            if deterministic:
-                actions.append(probabilities.argmax(axis=1))
-            else:
-                draws = self._generator.random(len(probabilities))
-                cumulative = probabilities.cumsum(axis=1)
-                chosen = (cumulative < draws[:, None] * cumulative[:, -1:]).sum(axis=1)
-                actions.append(chosen)
-            states.append(after[:, 0].numpy())
-        action = np.stack(actions)
-        return (action[0] if np.ndim(observation) == 1 else action), np.stack(states)
-
-
-def layout_of(task: str, env: EnvSettings) -> Layout:
-    """Layout of an environment's observations and actions, read without training anything."""
-    groups = tuple(task_of(task, env).layer_groups)
-    labels = Observation(env.observation, groups, env.grid, env.further_terms()).labels
-    return Layout.of(labels, groups, ACTIONS[env.action](env.grid, len(groups)))

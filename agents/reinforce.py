@@ -1,28 +1,42 @@
-"""REINFORCE with per-feature LSTMs and one action head per layer group.
+"""REINFORCE with a recurrent policy over the layer groups.
 
-The network is the one of ASG (`agents.lstm_policy`). What the original lacked is here: every step
-has its own credit, the baseline is the mean over rollouts of the same instance, the recurrent
-state is carried through the episode unless `memoryless` says otherwise, and entropy bonus and
-gradients are bounded.
+The network is the one of ASG, with an LSTM per feature and an action head per layer group
+(`agents.lstm_policy`), or a coordinate-wise one. What the original lacked is here: every step has
+its own credit, the baseline is the mean over rollouts of the same instance, the recurrent state is
+carried through the episode unless `memoryless` says otherwise, and entropy bonus and gradients are
+bounded.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from agents.lstm_policy import Layout, LSTMPolicyNetwork, ReinforcePolicy, layout_of
+from agents.coordinatewise import CoordinatewiseNetwork
+from agents.episodic import (
+    CHECKPOINT,
+    Batch,
+    EpisodicLearner,
+    clipped_credit,
+    costs_of,
+    draw_instances,
+    load_policy,
+    metrics_of,
+    pack,
+    rollout_jobs,
+    unpack,
+)
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
-from asg_env.config import ConfigError, EnvSettings, Settings
-from asg_env.core.seeding import derive_seed, numpy_generator, torch_generator
-from asg_env.instances import InstanceSet, draw_instance
+from asg_env.config import EnvSettings, Settings
+from asg_env.core.seeding import torch_generator
+from asg_env.instances import InstanceSet
+
+__all__ = ["CHECKPOINT", "Learner", "ReinforceSettings", "load_policy"]
 
 
 class ReinforceSettings(Settings):
@@ -32,6 +46,7 @@ class ReinforceSettings(Settings):
     updates: Annotated[int, Field(ge=1)] = 30
     instances_per_update: Annotated[int, Field(ge=1)] = 4
     rollouts_per_instance: Annotated[int, Field(ge=2)] = 8
+    network: Literal["per-feature", "coordinate-wise"] = "per-feature"
     hidden_size: Annotated[int, Field(ge=1)] = 20
     memoryless: bool = False  # every step from a zero state, as the original acted
     policy_lr: Annotated[float, Field(gt=0)] = 0.01
@@ -42,10 +57,23 @@ class ReinforceSettings(Settings):
     clip_ratio: Annotated[float, Field(gt=0)] = 0.2  # of the probability ratio, from 2 passes on
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "ReinforceSettings":
+        if self.memoryless and self.network != "per-feature":
+            raise ValueError(
+                f"`memoryless` must be false with network {self.network}, got true; leave it out"
+            )
+        return self
+
+    @property
+    def episodes_per_update(self) -> int:
+        """Training episodes of one update."""
+        return self.instances_per_update * self.rollouts_per_instance
+
     @property
     def episodes(self) -> int:
         """Training episodes in all."""
-        return self.updates * self.instances_per_update * self.rollouts_per_instance
+        return self.updates * self.episodes_per_update
 
 
 def returns_to_go(rewards: np.ndarray, discount: float) -> np.ndarray:
@@ -86,21 +114,22 @@ def advantages(episodes: Sequence[Episode], rollouts: int, discount: float) -> n
 
 
 class Reinforce:
-    """The learner: a network, its optimizer and the update rule."""
+    """The update rule, and the policy that it trains."""
 
     def __init__(self, layout: Layout, settings: ReinforceSettings, seed: int) -> None:
         self.settings = settings
         self.seed = seed
-        self.policy = ReinforcePolicy(
-            LSTMPolicyNetwork(
-                layout,
-                settings.hidden_size,
-                torch_generator(seed, "policy"),
-                settings.memoryless,
+        generator = torch_generator(seed, "policy")
+        self._network: nn.Module
+        if settings.network == "per-feature":
+            self._network = LSTMPolicyNetwork(
+                layout, settings.hidden_size, generator, settings.memoryless
             )
-        )
+        else:
+            self._network = CoordinatewiseNetwork(layout, settings.hidden_size, generator)
+        self.policy = RecurrentPolicy(self._network)
         self._parameters = [
-            p for name, p in self.policy.network.named_parameters() if not name.startswith("critic")
+            p for name, p in self._network.named_parameters() if not name.startswith("critic")
         ]
         self._optimizer = torch.optim.Adam(self._parameters, lr=settings.policy_lr)
 
@@ -118,36 +147,23 @@ class Reinforce:
             Entropy [nats per group] and gradient norm before clipping, of the last pass.
         """
         settings = self.settings
-        advantage = (
-            torch.from_numpy(
-                advantages(episodes, settings.rollouts_per_instance, settings.discount)
-            )
-            .float()
-            .T
+        batch = Batch.of(episodes)
+        advantage = torch.from_numpy(
+            advantages(episodes, settings.rollouts_per_instance, settings.discount)
         )
+        advantage = advantage.float().T
         horizon, count = advantage.shape
-        running = torch.zeros(horizon, count)
-        observations = torch.zeros(horizon, count, episodes[0].observations.shape[1])
-        actions = torch.zeros(horizon, count, episodes[0].actions.shape[1], dtype=torch.int64)
-        for column, episode in enumerate(episodes):
-            steps = len(episode.rewards)
-            running[:steps, column] = 1
-            observations[:steps, column] = torch.from_numpy(episode.observations)
-            actions[:steps, column] = torch.from_numpy(episode.actions)
         before = None
         statistics = {}
         for _ in range(settings.passes):
-            log_probs, _ = self.policy.network(
-                observations, self.policy.network.initial_state(count)
+            log_probs, _ = self._network(
+                batch.observations, self.policy.network.initial_state(count)
             )
-            joint = log_probs.gather(-1, actions[..., None])[..., 0].sum(dim=-1)  # (T, E)
+            joint = batch.joint_log_prob(log_probs)
             if before is None:
                 before = joint.detach()
-            ratio = (joint - before).exp()
-            clipped = ratio.clamp(1 - settings.clip_ratio, 1 + settings.clip_ratio)
-            credit = torch.minimum(ratio * advantage, clipped * advantage) * running
-            entropy = -(log_probs.exp() * log_probs).sum(dim=-1).mean(dim=-1)  # (T, E)
-            mean_entropy = (entropy * running).sum() / running.sum()
+            credit = clipped_credit(joint - before, advantage, settings.clip_ratio) * batch.running
+            mean_entropy = batch.mean_entropy(log_probs)
             loss = -credit.sum() / count - entropy_weight * horizon * mean_entropy
             self._optimizer.zero_grad()
             loss.backward()
@@ -158,23 +174,11 @@ class Reinforce:
 
     def state(self) -> dict[str, Tensor]:
         """Return network and optimizer as named tensors."""
-        tensors = {f"network/{k}": v for k, v in self.policy.network.state_dict().items()}
-        for index, entry in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{k}": v for k, v in entry.items()}
-        return tensors
+        return pack(self._network, self._optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of `state`."""
-        self.policy.network.load_state_dict(
-            {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
-        )
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        unpack(tensors, self._network, self._optimizer)
 
     def train(
         self, pool: RolloutPool, task: str, instances: InstanceSet, start: int
@@ -186,94 +190,27 @@ class Reinforce:
         """
         settings = self.settings
         for update in range(start, settings.updates):
-            draw = numpy_generator(self.seed, "train-instances", update)
-            drawn = [
-                draw_instance(task, instances, draw) for _ in range(settings.instances_per_update)
-            ]
-            jobs = [
-                (self.policy, instance, derive_seed(self.seed, "rollout", update, i, j), False)
-                for i, instance in enumerate(drawn)
-                for j in range(settings.rollouts_per_instance)
-            ]
+            drawn = draw_instances(
+                self.seed, update, task, instances, settings.instances_per_update
+            )
+            jobs = rollout_jobs(
+                self.policy, self.seed, update, drawn, settings.rollouts_per_instance
+            )
             episodes: list[Episode] = list(pool.map(run_policy, jobs))
             share = update / max(1, settings.updates - 1)
             entropy_weight = (
                 settings.entropy_start + (settings.entropy_end - settings.entropy_start) * share
             )
             statistics = self.update(episodes, entropy_weight)
-            yield (
-                update,
-                {
-                    "episodes": (update + 1) * len(jobs),
-                    "return": float(np.mean([e.rewards.sum() for e in episodes])),
-                    "accuracy": float(np.mean([final_accuracy(e) for e in episodes])),
-                    "diverged": float(np.mean([e.diverged for e in episodes])),
-                    **statistics,
-                    "inner_steps": sum(e.inner_steps for e in episodes),
-                    "validation_images": sum(e.validation_images for e in episodes),
-                },
-            )
+            before = update * settings.episodes_per_update
+            yield update, metrics_of(episodes, before) | statistics | costs_of(episodes)
 
 
-def final_accuracy(episode: Episode) -> float:
-    """outer_valid accuracy at the end, 0 where the reward reads no real label."""
-    return float(episode.accuracy[-1]) if len(episode.accuracy) else 0.0
-
-
-class Learner:
-    """What `asg train` drives: rollout workers, the learner, and its checkpoint."""
+class Learner(EpisodicLearner):
+    """REINFORCE as `asg train` drives it."""
 
     def __init__(
         self, task: str, env: EnvSettings, settings: ReinforceSettings, seed: int, workers: int
     ) -> None:
-        self._task, self._env, self._workers = task, env, workers
-        self._layout = layout_of(task, env)
-        self._agent = Reinforce(self._layout, settings, seed)
-        self.updates = settings.updates
-
-    @property
-    def policy(self) -> ReinforcePolicy:
-        """The policy as trained so far."""
-        return self._agent.policy
-
-    def train(self, start: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield (update, metrics) from update `start` on."""
-        with RolloutPool(self._task, self._env, self._workers) as pool:
-            yield from self._agent.train(pool, self._task, self._env.instances, start)
-
-    def save(self, path: Path, update: int) -> None:
-        """Write network, optimizer and the number of finished updates as safetensors."""
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(self._agent.state(), str(temporary), metadata={"updates": str(update + 1)})
-        os.replace(temporary, path)
-
-    def load(self, path: Path) -> int:
-        """Read a checkpoint; return the number of finished updates.
-
-        Raises:
-            ConfigError: The file is damaged or belongs to another agent.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                updates = int(file.metadata()["updates"])
-                self._agent.load_state({key: file.get_tensor(key) for key in file.keys()})
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{path} is no whole checkpoint of this agent ({reason}); "
-                "restore it from a copy or train anew"
-            ) from None
-        return updates
-
-
-def load_policy(path: Path, experiment: Any) -> ReinforcePolicy:
-    """Policy of a checkpoint; see `Learner.load` for errors."""
-    learner = Learner(
-        experiment.task, experiment.env, experiment.agent, experiment.seed, experiment.train.workers
-    )
-    learner.load(path)
-    return learner.policy
-
-
-AgentSettings = ReinforceSettings
-CHECKPOINT = "last.safetensors"
+        algorithm = Reinforce(layout_of(task, env), settings, seed)
+        super().__init__(task, env, algorithm, settings.updates, workers)

@@ -28,7 +28,7 @@ def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
     train = experiment.train
     tuning = sum(len(family(groups)) for family in FAMILIES.values()) * train.tuning_instances
     searching = experiment.search_episodes > 0
-    unknown = train.reference and experiment.env.instances != "fixed"
+    unknown = train.reference and experiment.env.instances == "unknown-scale"
     searches = (train.seeds + unknown) * experiment.search_episodes if searching else 0
     tuning += 2 * train.seeds * MODE_INSTANCES * reads_real_labels(experiment)
     rows = 2 * train.seeds + len(FAMILIES) + 1 + searching * (train.seeds + 2 * unknown)

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -162,10 +162,14 @@ class WorkerPool:
     """N worker processes with one torch thread each, and what `build(*arguments)` returns there.
 
     Results come in the order of the jobs and depend on the jobs alone, so they are the same
-    bytes whatever N is.
+    bytes whatever N is. With 0 workers the jobs are done in this process, which must then have
+    set one torch thread itself.
     """
 
     def __init__(self, workers: int, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.here: Any = None if workers else build(*arguments)
+        if not workers:
+            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["agents.rollout"])
         self._executor = ProcessPoolExecutor(
@@ -174,7 +178,13 @@ class WorkerPool:
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield `function(what was built, *job)` for every job, in order."""
+        if self.here is not None:
+            return (function(self.here, *job) for job in jobs)
         return self._executor.map(_call, ((function, job) for job in jobs))
+
+    def submit(self, function: Callable[..., Any], job: tuple[Any, ...]) -> Future[Any]:
+        """Start `function(what was built, *job)` in a worker."""
+        return self._executor.submit(_call, (function, job))
 
     def __enter__(self) -> Self:
         return self
@@ -185,11 +195,12 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._executor.shutdown(wait=kind is None, cancel_futures=True)
+        if self.here is None:
+            self._executor.shutdown(wait=kind is None, cancel_futures=True)
 
 
 class RolloutPool(WorkerPool):
     """Workers with an environment each."""
 
     def __init__(self, task: str, settings: EnvSettings, workers: int) -> None:
-        super().__init__(workers, LayerwiseLREnv, (task, settings, None, workers))
+        super().__init__(workers, LayerwiseLREnv, (task, settings, None, max(1, workers)))

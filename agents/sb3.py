@@ -1,238 +1,136 @@
-"""Stable-baselines3's PPO, behind the same commands as our own agent.
+"""Agents of stable-baselines3 and sb3-contrib, behind the same commands as our own.
 
-The algorithm is SB3's, unchanged: two tanh layers each for actor and critic, advantages by GAE,
-its own value weight (0.5), gradient bound (0.5) and advantage normalisation. The network has no
-memory: it acts on the last window alone. Here stand only its environments, seeds and checkpoints.
+The algorithms are SB3's, unchanged; what a settings class does not list is SB3's default. Here
+stand only their environments, seeds and checkpoints.
 
-Every update seeds and resets its environments from (seed, update). An episode that is still
-running at the end of an update (because one before it diverged) is credited with the critic's
-value and not gone on with. So no state but network and optimizer is carried from update to
-update, and a resumed training goes on as if it had not been interrupted, on the same machine and
-versions. The number of environments is a setting of the agent, one process each, so that
-`train.workers` changes no result.
+Every update seeds all generators and resets its environments from (seed, update). An episode that
+is still running at the end of an update (because one before it diverged) is not gone on with; PPO
+and its like credit it with the critic's value. What is carried from update to update is networks,
+optimizers, statistics of the normaliser, the replay buffer and a few counts, and all of that
+stands in the checkpoint: a resumed training of any of them goes on as if it had not been
+interrupted, on the same machine and versions. The number of environments is a setting of the
+agent, so that `train.workers` changes no result.
 
-A checkpoint is a zip that `stable_baselines3.PPO.load` reads. It holds pickles, which can run any
-code when loaded: give PPO.load only files that you trust. What is read here is its tensors (with
-torch's `weights_only`) and a JSON entry of ours.
+A checkpoint is a zip that SB3's own `load` reads (agents.sb3_checkpoint).
 """
 
-import json
-import multiprocessing
-import os
-import signal
-import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import gymnasium as gym
-import numpy as np
-import torch
-from gymnasium import spaces
-from pydantic import Field, model_validator
-
-from asg_env.actions import ACTIONS
-from asg_env.config import ConfigError, EnvSettings, Settings
-from asg_env.core.seeding import derive_seed, numpy_generator
-from asg_env.env import LayerwiseLREnv, task_of
-from asg_env.observations import Observation
+from agents.sb3_settings import (
+    A2CSettings,
+    ARSSettings,
+    CrossQSettings,
+    PPOSettings,
+    RecurrentPPOSettings,
+    SACSettings,
+    SB3Settings,
+    TD3Settings,
+    TQCSettings,
+    TRPOSettings,
+)
+from asg_env.config import ConfigError, EnvSettings
+from asg_env.core.seeding import derive_seed
 
 try:
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.monitor import Monitor
-    from stable_baselines3.common.policies import ActorCriticPolicy
-    from stable_baselines3.common.save_util import load_from_zip_file
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+    from stable_baselines3.common.vec_env import VecEnv
+    from torch.nn.utils import parameters_to_vector
+
+    from agents.sb3_algorithms import (
+        build_model,
+        build_normaliser,
+        entropy_of,
+        global_generators,
+        set_statistics,
+        spaces_of,
+        statistics_of,
+    )
+    from agents.sb3_callbacks import Callbacks, Evaluations
+    from agents.sb3_checkpoint import load_normaliser, one_sentence, read, read_buffer, write
+    from agents.sb3_envs import CountedEnvs, end_environments, start_environments
+    from agents.sb3_policy import SB3Policy
 except ModuleNotFoundError as error:
-    if error.name != "stable_baselines3":  # something that it needs is missing
+    if error.name not in ("stable_baselines3", "sb3_contrib"):  # something that they need
         raise
-    raise ConfigError("agent ppo needs stable-baselines3; pip install 'asg-env[sb3]'") from None
+    raise ConfigError(
+        "this agent needs stable-baselines3 and sb3-contrib; pip install 'asg-env[sb3]'"
+    ) from None
 
-PROGRESS = "asg-env.json"  # our entry of the zip: finished updates and episodes
+__all__ = [
+    "CHECKPOINT",
+    "A2CSettings",
+    "ARSSettings",
+    "CrossQSettings",
+    "Learner",
+    "PPOSettings",
+    "RecurrentPPOSettings",
+    "SACSettings",
+    "TD3Settings",
+    "TQCSettings",
+    "TRPOSettings",
+    "load_normaliser",
+    "load_policy",
+    "spaces_of",
+]
 
-
-class PPOSettings(Settings):
-    """`agent:` of an experiment file, for `kind: ppo`."""
-
-    kind: Literal["ppo"] = "ppo"
-    updates: Annotated[int, Field(ge=1)] = 30
-    episodes_per_update: Annotated[int, Field(ge=2)] = 32  # more where some diverge early
-    environments: Annotated[int, Field(ge=1)] = 8  # [processes], whatever train.workers is
-    hidden_size: Annotated[int, Field(ge=1)] = 64
-    policy_lr: Annotated[float, Field(gt=0)] = 1e-3
-    discount: Annotated[float, Field(ge=0, le=1)] = 1.0
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    entropy: Annotated[float, Field(ge=0)] = 0.002  # bonus per nat, summed over layer groups
-    passes: Annotated[int, Field(ge=1)] = 4  # over each update's env steps
-    minibatch_size: Annotated[int, Field(ge=2)] = 120  # [env steps]
-    clip_ratio: Annotated[float, Field(gt=0)] = 0.2
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> "PPOSettings":
-        if self.episodes_per_update % self.environments:
-            raise ValueError(
-                f"`episodes_per_update` must be a multiple of environments ({self.environments}), "
-                f"got {self.episodes_per_update}; change one of them"
-            )
-        return self
-
-    @property
-    def episodes(self) -> int:
-        """Training episodes in all, as far as none diverges."""
-        return self.updates * self.episodes_per_update
-
-
-class PPOPolicy:
-    """A trained actor as a policy: samples from a generator of its own.
-
-    It has its own copy of the weights, and can be sent to worker processes.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        hidden_size: int,
-        weights: dict[str, np.ndarray],
-    ) -> None:
-        self._arguments = (observation_space, action_space, hidden_size)
-        with torch.random.fork_rng(devices=[]):  # modules draw weights that are replaced below
-            self._network = ActorCriticPolicy(
-                observation_space, action_space, lambda _: 0.0, net_arch=[hidden_size] * 2
-            )
-        self._network.load_state_dict(
-            {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-        )
-        self.seed(0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        weights = {name: value.numpy() for name, value in self._network.state_dict().items()}
-        return PPOPolicy, (*self._arguments, weights), {"_generator": self._generator}
-
-    def seed(self, seed: int) -> None:
-        """Seed the generator of sampled actions."""
-        self._generator = numpy_generator(seed, "actions")
-
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: Any = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, None]:
-        """Choose an action; the network has no state, so `state` and `episode_start` are unread.
-
-        Args:
-            observation: Shape (D,).
-            state: None.
-            episode_start: Anything.
-            deterministic: Take the likeliest action instead of sampling.
-
-        Returns:
-            The action, of the action space, and None.
-        """
-        if deterministic:
-            return self._network.predict(observation, deterministic=True)[0], None
-        with torch.random.fork_rng(devices=[]):  # SB3 samples from the global generator only
-            torch.default_generator.manual_seed(int(self._generator.integers(2**63)))
-            return self._network.predict(observation)[0], None
-
-
-class _Tally(BaseCallback):
-    """Adds up what one update costs and what its finished episodes reach."""
-
-    def __init__(self, environments: int) -> None:
-        super().__init__()
-        self.returns: list[float] = []
-        self.accuracies: list[float] = []  # outer_valid at the end, 0 where it is not read
-        self.diverged: list[bool] = []
-        self.inner_steps = 0
-        self.measurements = environments  # one for each reset, one for each step
-        self._before = [0] * environments  # inner steps of the running episodes
-
-    def _on_step(self) -> bool:
-        for row, info in enumerate(self.locals["infos"]):
-            self.inner_steps += info["inner_step"] - self._before[row]
-            self._before[row] = info["inner_step"]
-            self.measurements += not info["diverged"]
-            if "episode" in info:  # Monitor's; the environment has been reset since
-                self.returns.append(info["episode"]["r"])
-                self.accuracies.append(info.get("accuracy/outer_valid", 0.0))
-                self.diverged.append(info["diverged"])
-                self.measurements += 1
-                self._before[row] = 0
-        return True
-
-
-class _Spaces(gym.Env[np.ndarray, Any]):
-    """Spaces alone: PPO is built and loaded on it before any process is started."""
-
-    def __init__(
-        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
-    ) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
+CHECKPOINT = "last.zip"
 
 
 class Learner:
-    """What `asg train` drives: SB3's PPO, its environments and its checkpoint.
+    """What `asg train` drives: an SB3 algorithm, its environments and its checkpoint.
 
     Args:
         task: Environment id.
         env: Settings of every environment.
         settings: Of the agent.
         seed: All draws follow from it.
-        workers: Not read: each of `settings.environments` is a process, so that results are the
-            same for any number of workers.
+        workers: 0: all environments run in this process, which must have one torch thread. Any
+            other number: each of `settings.environments` is a process of its own. The results
+            are the same bits.
+
+    Attributes:
+        folder: Where the files of `evaluate_every` and `keep_every` are written; needed for them.
+        updates: Updates of the whole training.
+
+    Raises:
+        ConfigError: The agent cannot be trained on this environment.
     """
 
     def __init__(
-        self, task: str, env: EnvSettings, settings: PPOSettings, seed: int, workers: int
+        self, task: str, env: EnvSettings, settings: SB3Settings, seed: int, workers: int
     ) -> None:
+        settings.check(env)
+        self.folder: Path | None = None
+        self.updates = settings.updates
         self._task, self._env, self._settings, self._seed = task, env, settings, seed
+        self._processes = workers > 0
         self._spaces = spaces_of(task, env)
         self._episodes = 0
-        self.updates = settings.updates
-        with _global_generators(derive_seed(seed, "policy")):
-            self._model = PPO(
-                "MlpPolicy",
-                DummyVecEnv([partial(_Spaces, *self._spaces)] * settings.environments),
-                learning_rate=settings.policy_lr,
-                n_steps=(
-                    len(env.windows()) * settings.episodes_per_update // settings.environments
-                ),
-                batch_size=settings.minibatch_size,
-                n_epochs=settings.passes,
-                gamma=settings.discount,
-                gae_lambda=settings.gae_lambda,
-                clip_range=settings.clip_ratio,
-                ent_coef=settings.entropy,
-                policy_kwargs={"net_arch": [settings.hidden_size] * 2},
-                device="cpu",
-            )
-        # One of our own, because `learn` otherwise makes a temporary folder for every update.
-        self._model.set_logger(Logger(folder=None, output_formats=[]))
+        self._evaluations: Evaluations = {"timesteps": [], "results": [], "ep_lengths": []}
+        self._normaliser = build_normaliser(settings, self._spaces)
+        with global_generators(derive_seed(seed, "policy")):
+            # Any: what is used besides BaseAlgorithm is of one or the other algorithm.
+            self._model: Any = build_model(settings, self._spaces, settings.steps_per_update(env))
+        self._first_lstm_states = getattr(self._model, "_last_lstm_states", None)  # zeros
 
     @property
-    def policy(self) -> PPOPolicy:
+    def policy(self) -> SB3Policy:
         """The policy as trained so far."""
-        return _policy(self._spaces, self._settings, self._model.policy.state_dict())
+        weights = {name: value.numpy() for name, value in self._model.policy.state_dict().items()}
+        statistics = statistics_of(self._normaliser)
+        return SB3Policy(self._spaces, self._settings, weights, statistics)
 
     def train(self, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (update, metrics) from update `start` on."""
-        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        processes = self._settings.environments
-        make = partial(_start_environment, self._task, self._env, processes)
-        envs = SubprocVecEnv([make] * processes, start_method="forkserver")
+        count = self._settings.environments
+        envs = start_environments(self._task, self._env, count, self._processes)
         try:
             yield from self.train_on(envs, start)
         except BaseException:
-            for process in envs.processes:  # `close` would wait for answers, of dead ones too
-                process.terminate()
+            end_environments(envs)
             raise
         envs.close()
 
@@ -244,43 +142,80 @@ class Learner:
             start: First update.
 
         Yields:
-            The update and its metrics: `entropy` in nats per layer group, averaged over the
-            passes; the others as REINFORCE's. SB3 reports no gradient norm. `episodes` counts
-            finished ones, inner steps and images also those of episodes cut by the update's end.
+            The update and its metrics: those of REINFORCE, but for the gradient norm, which SB3
+            does not report; `entropy` as `sb3_algorithms.entropy_of` says; and SB3's own, by its
+            names: `rollout/...` of the update's episodes, `train/...` of its last gradient steps,
+            `eval/...` after an evaluation. `episodes` counts finished ones, inner steps and images
+            also those of episodes cut by the update's end. Evaluations are in none of these.
+
+        Raises:
+            ValueError: `folder` is None, and evaluations or kept models are asked for.
         """
-        images = envs.get_attr("images_per_measurement")[0]
-        groups = int(np.prod(self._spaces[1].shape or (1,)))
-        steps = self._model.n_steps * self._settings.environments
+        counted = CountedEnvs(envs)
+        trained_on: VecEnv = counted
+        if self._normaliser is not None:
+            self._normaliser.venv = counted  # it keeps its statistics
+            self._normaliser.num_envs = counted.num_envs
+            trained_on = self._normaliser
+        self._model.set_env(trained_on)
+        callbacks = Callbacks(
+            self._settings,
+            self.folder,
+            self._seed,
+            self._model,
+            envs,
+            self._normaliser,
+            self._evaluations,
+        )
         for update in range(start, self.updates):
-            tally = _Tally(self._settings.environments)
-            envs.seed(derive_seed(self._seed, "environments", update))
-            self._model.set_env(envs)  # makes `learn` reset them, with these seeds
-            with _global_generators(derive_seed(self._seed, "ppo", update)):
-                self._model.learn(steps, tally, reset_num_timesteps=False)
-            self._episodes += len(tally.returns)
-            entropy = -self._model.logger.name_to_value["train/entropy_loss"]
+            timesteps = self._model.num_timesteps
+            logged = self._one_update(update, counted, trained_on)
+            # ARS counts an env step several times, with several environments.
+            self._model.num_timesteps = timesteps + counted.env_steps
+            self._episodes += len(counted.returns)
+            evaluated = callbacks.after(update, self._progress(update))
             yield (
                 update,
                 {
                     "episodes": self._episodes,
-                    "return": float(np.mean(tally.returns)),
-                    "accuracy": float(np.mean(tally.accuracies)),
-                    "diverged": float(np.mean(tally.diverged)),
-                    "entropy": float(entropy) / groups,
-                    "inner_steps": tally.inner_steps,
-                    "validation_images": tally.measurements * images,
+                    **counted.summary(),
+                    **logged,
+                    "time/total_timesteps": self._model.num_timesteps,
+                    **evaluated,
                 },
             )
 
+    def _one_update(
+        self, update: int, counted: CountedEnvs, trained_on: VecEnv
+    ) -> dict[str, float]:
+        """Let SB3 learn for one update; return the entropy and what SB3 logged."""
+        settings, model = self._settings, self._model
+        counted.begin(derive_seed(self._seed, "environments", update))
+        # Off-policy algorithms draw their first actions from the space's own generator.
+        model.action_space.seed(derive_seed(self._seed, "random-actions", update))
+        model.set_env(trained_on)  # makes `learn` reset them
+        if self._first_lstm_states is not None:
+            model._last_lstm_states = self._first_lstm_states
+        # One of our own, because `learn` otherwise makes a temporary folder for every update.
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        steps = settings.steps_per_update(self._env) * settings.environments
+        if isinstance(settings, ARSSettings):
+            steps = 1  # it ends after the first step of its search, which is the whole update
+        with global_generators(derive_seed(self._seed, settings.kind, update)):
+            # SB3 must not clear its logger: it is read here.
+            model.learn(steps, log_interval=sys.maxsize, reset_num_timesteps=False)
+            groups = int(self._spaces[1].shape[0]) if self._spaces[1].shape else 1
+            entropy = entropy_of(model, groups)
+        logged = {
+            name: float(value)
+            for name, value in model.logger.name_to_value.items()
+            if name.startswith(("train/", "rollout/"))
+        }
+        return {"entropy": entropy, **logged}
+
     def save(self, path: Path, update: int) -> None:
-        """Write SB3's zip and into it the number of finished updates and episodes."""
-        temporary = path.with_name(path.name + ".tmp")
-        self._model.save(temporary)
-        with zipfile.ZipFile(temporary, "a") as archive:
-            archive.writestr(
-                PROGRESS, json.dumps({"updates": update + 1, "episodes": self._episodes})
-            )
-        os.replace(temporary, path)
+        """Write everything that the next update depends on."""
+        write(path, self._model, statistics_of(self._normaliser), self._progress(update))
 
     def load(self, path: Path) -> int:
         """Read a checkpoint; return the number of finished updates.
@@ -288,87 +223,40 @@ class Learner:
         Raises:
             ConfigError: The file is damaged or belongs to another agent.
         """
-        with _one_sentence(path):
-            updates, episodes, tensors = _read(path)
-            self._model.set_parameters(tensors, device="cpu")
-        self._episodes = episodes
+        model = self._model
+        with one_sentence(path):
+            stored = read(path)
+            model.set_parameters(stored.tensors, device="cpu")
+            for name in model._get_torch_save_params()[1]:  # SAC's temperature, for instance
+                getattr(model, name).data.copy_(stored.variables[name].data)
+            if isinstance(self._settings, ARSSettings):  # it keeps its weights a second time
+                model.weights = parameters_to_vector(model.policy.parameters()).detach()
+            if self._normaliser is not None:
+                set_statistics(self._normaliser, stored.statistics)
+            read_buffer(path, model)
+            progress = stored.progress
+            updates, self._episodes = int(progress["updates"]), int(progress["episodes"])
+            model.num_timesteps = int(progress["timesteps"])
+            model._n_updates = int(progress["gradient_updates"])
+            for name, values in self._evaluations.items():
+                values[:] = progress["evaluations"][name]
         return updates
 
+    def _progress(self, update: int) -> dict[str, Any]:
+        """What is finished, in numbers."""
+        return {
+            "updates": update + 1,
+            "episodes": self._episodes,
+            "timesteps": self._model.num_timesteps,
+            "gradient_updates": self._model._n_updates,
+            "evaluations": self._evaluations,
+        }
 
-def load_policy(path: Path, experiment: Any) -> PPOPolicy:
+
+def load_policy(path: Path, experiment: Any) -> SB3Policy:
     """Policy of a checkpoint; see `Learner.load` for errors."""
     both = spaces_of(experiment.task, experiment.env)
-    with _one_sentence(path):
-        _, _, tensors = _read(path)
-        return _policy(both, experiment.agent, tensors["policy"])
-
-
-def spaces_of(task: str, env: EnvSettings) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
-    """Observation and action space of an environment, without building one."""
-    groups = tuple(task_of(task, env).layer_groups)
-    return (
-        Observation(env.observation, groups, env.grid, env.further_terms()).space,
-        ACTIONS[env.action](env.grid, len(groups)).space,
-    )
-
-
-def _policy(
-    both: Sequence[spaces.Space[Any]], settings: PPOSettings, weights: dict[str, torch.Tensor]
-) -> PPOPolicy:
-    arrays = {name: value.numpy() for name, value in weights.items()}
-    return PPOPolicy(both[0], both[1], settings.hidden_size, arrays)
-
-
-def _start_environment(
-    task: str, settings: EnvSettings, processes: int
-) -> gym.Env[np.ndarray, Any]:
-    """Build an environment in its process; it sets one torch thread there."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
-    return Monitor(LayerwiseLREnv(task, settings, processes=processes))
-
-
-@contextmanager
-def _global_generators(seed: int) -> Iterator[None]:
-    """Seed the generators that SB3 draws from, and leave them as they were found."""
-    found = np.random.get_state()  # noqa: NPY002 - SB3 shuffles minibatches with it
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            np.random.set_state(found)  # noqa: NPY002
-
-
-@contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """Turn what a damaged checkpoint raises into a ConfigError."""
-    try:
-        yield
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        UnpicklingError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"{path} is no whole checkpoint of this agent ({reason}); "
-            "restore it from a copy or train anew"
-        ) from None
-
-
-def _read(path: Path) -> tuple[int, int, dict[str, Any]]:
-    """Return finished updates, finished episodes and SB3's tensors; unpickles nothing."""
-    with zipfile.ZipFile(path) as archive:
-        progress = json.loads(archive.read(PROGRESS))
-    _, tensors, _ = load_from_zip_file(path, load_data=False, device="cpu")
-    return int(progress["updates"]), int(progress["episodes"]), dict(tensors)
-
-
-AgentSettings = PPOSettings
-CHECKPOINT = "last.zip"
+    with one_sentence(path):
+        stored = read(path)
+        weights = {name: value.numpy() for name, value in stored.tensors["policy"].items()}
+        return SB3Policy(both, experiment.agent, weights, stored.statistics)

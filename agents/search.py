@@ -11,7 +11,7 @@ from asg_env.actions import GRIDS, GridName
 from asg_env.config import ConfigError
 from asg_env.core.seeding import numpy_generator
 from asg_env.env import LayerwiseLREnv
-from asg_env.instances import Instance, InstanceSet, draw_instance
+from asg_env.instances import SCALE_RANGE, Instance, InstanceSet, draw_instance
 
 KEPT = 3  # of so many candidates one goes on to the next rung
 FIRST_RUNG = 4  # train instances per candidate in the first rung
@@ -91,6 +91,20 @@ def train_instances(task: str, instances: InstanceSet, seed: int, count: int) ->
     """The train instances on which baselines are searched and tuned."""
     generator = numpy_generator(seed, "search-instances")
     return [draw_instance(task, instances, generator) for _ in range(count)]
+
+
+def tuning_instances(task: str, instances: InstanceSet, seed: int, count: int) -> list[Instance]:
+    """Return train instances whose hidden scales are spread evenly.
+
+    The scales stand in the middle of `count` equal parts of the log range: a few random ones could
+    all be small, and the rates chosen on them would diverge elsewhere.
+    """
+    drawn = train_instances(task, instances, seed, count)
+    if instances == "fixed":
+        return drawn
+    low, high = np.log(SCALE_RANGE)
+    scales = np.exp(low + (high - low) * (np.arange(count) + 0.5) / count).tolist()
+    return [replace(i, base_lr_scale=s) for i, s in zip(drawn, scales, strict=True)]
 
 
 def search_static(

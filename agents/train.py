@@ -35,10 +35,19 @@ def train(run: RunFolder, progress: Progress) -> None:
     torch.set_num_threads(1)  # bits change with the thread count
     experiment = run.experiment
     for index in range(experiment.train.seeds):
-        _train_seed(run, experiment, index, progress)
+        train_seed(run, index, progress, experiment.train.workers)
 
 
-def _train_seed(run: RunFolder, experiment: Experiment, index: int, progress: Progress) -> None:
+def train_seed(run: RunFolder, index: int, progress: Progress, workers: int) -> None:
+    """Train one of the run's seeds; see `train`.
+
+    Args:
+        run: Where to write.
+        index: Which seed.
+        progress: Called after each update.
+        workers: Processes that run the episodes; 0: this one.
+    """
+    experiment = run.experiment
     folder = run.seed_folder(index)
     checkpoint = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +56,10 @@ def _train_seed(run: RunFolder, experiment: Experiment, index: int, progress: Pr
         experiment.env,
         experiment.agent,
         experiment.seed + index,
-        experiment.train.workers,
+        workers,
     )
+    if hasattr(learner, "folder"):  # SB3's, for its evaluations and the models that it keeps
+        learner.folder = folder
     start = learner.load(checkpoint) if checkpoint.exists() else 0
     if start >= learner.updates:
         return

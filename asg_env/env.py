@@ -20,7 +20,7 @@ from asg_env.core.optimizers import ONE_RATE, lr_factor
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
 from asg_env.instances import Instance, draw_instance, published_test_instances, variants
-from asg_env.observations import Observation
+from asg_env.observations import NEED_INNER_VALID, Observation
 from asg_env.rendering import EpisodeHistory, render_ansi, render_rgb_array
 from asg_env.rewards import LOSS_BOUND, Measurements, Reward, bounded_loss
 from asg_env.task_settings import settings_class
@@ -47,7 +47,8 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
 
     ## Observation Space
     A float32 `Box`, clipped; `env.unwrapped.observation_labels` names every index. The encodings
-    `asg`, `scaled` (default) and `extended` are described in `asg_env.observations`.
+    `asg`, `scaled` (default), `extended` and `normalised` are described in
+    `asg_env.observations`.
 
     ## Rewards
     A weighted sum of the terms of `asg_env.rewards`. Default `gain`: the gain in accuracy on
@@ -302,6 +303,7 @@ class LayerwiseLREnv(gym.Env[np.ndarray, Any]):
             self._progress(),
             self._multipliers,
             self._measurements.loss.get("inner_valid", 0.0),
+            self.trainer.chance_loss,
         )
 
     def _info(self, terms: dict[str, float]) -> dict[str, Any]:
@@ -378,8 +380,10 @@ def task_to_train(task_id: str, settings: EnvSettings) -> Task:
     rewards = [
         ("reward", dict(settings.reward), s, "train_loss") for s in Reward(settings.reward).splits
     ]
-    extended = settings.observation == "extended"
-    observed = [("observation", "extended", "inner_valid", "scaled")] if extended else []
+    seen = settings.observation
+    observed = (
+        [("observation", seen, "inner_valid", "scaled")] if seen in NEED_INNER_VALID else []
+    )
     for setting, value, split, other in (*rewards, *observed):
         needs_labels = split != "old_task"
         if split not in splits or (needs_labels and splits[split].labels is None):

@@ -1,6 +1,7 @@
 """The inner trainer: trains one optimizee window by window at given multipliers."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,11 @@ class Trainer:
         self._terms: dict[tuple[Callable[..., Term], str], Term] = {}
         self.guide(guidance)
         self.reset(head_seed=0, data_seed=0)
+
+    @property
+    def chance_loss(self) -> float:
+        """Cross-entropy of guessing among the new head's classes, nats."""
+        return math.log(len(self.optimizee.head_weight()))
 
     def guide(self, guidance: Mapping[str, float | Weighted]) -> None:
         """Set the guidance terms of the objective; those built before are kept.

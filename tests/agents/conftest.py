@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import agents.reinforce
+import agents.episodic
 import agents.train
 from agents.compare import Comparison, TrialRunner
 from agents.comparison import ComparisonSettings, Plan
@@ -102,7 +102,7 @@ def inline_pool() -> type[InlinePool]:
 @pytest.fixture
 def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and estimates run their episodes in this process."""
-    monkeypatch.setattr(agents.reinforce, "RolloutPool", InlinePool)
+    monkeypatch.setattr(agents.episodic, "RolloutPool", InlinePool)
     monkeypatch.setattr(agents.train, "RolloutPool", InlinePool)
 
 
@@ -134,7 +134,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         tmp_path_factory.mktemp("trained") / "run", Experiment(experiment_values()), False, False
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agents.reinforce, "RolloutPool", InlinePool)
+        patch.setattr(agents.episodic, "RolloutPool", InlinePool)
         agents.train.train(run, lambda *_: None)
     return run
 

@@ -15,7 +15,7 @@ import agents.cli_fit
 import agents.cli_info
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment, RunFolder
-from agents.lstm_policy import ReinforcePolicy
+from agents.recurrent_policy import RecurrentPolicy
 from agents.train import train
 from asg_env.config import ConfigError
 from asg_env.core.numerics import NotRepeatableError
@@ -414,7 +414,7 @@ def test_evaluate_refuses_to_compare_across_instance_sets(
 def test_info_refuses_an_unknown_task_and_set(fails):
     known = ", ".join(TASK_MODULES)
     assert f"`task` must be one of {known}, got 'nowhere'" in fails("info", "--task", "nowhere")
-    assert "--instances must be fixed or unknown-scale, got many" in fails(
+    assert "--instances must be one of fixed, unknown-scale, mixed, transfer, got many" in fails(
         "info", "--task", TASK, "--instances", "many"
     )
     assert "--instances and --set belong to a task; add --task ID" in fails(
@@ -679,13 +679,13 @@ def test_export_and_fit_act_as_the_comparison_chose(
     record["protocol"]["primary"] = f"controller ({'greedy' if greedy else 'sampled'})"
     (done / "results.json").write_text(json.dumps(record), encoding="utf-8")
     asked = []
-    predict = ReinforcePolicy.predict
+    predict = RecurrentPolicy.predict
 
     def spy(self, *arguments, deterministic):
         asked.append(deterministic)
         return predict(self, *arguments, deterministic=deterministic)
 
-    monkeypatch.setattr(ReinforcePolicy, "predict", spy)
+    monkeypatch.setattr(RecurrentPolicy, "predict", spy)
     fit = ["fit", TASK, "--controller", done, "--out"]
     assert asg(*fit, tmp_path / "a").status == 0
     assert asg("export", done, "--out", tmp_path / "schedule.json", "--episodes", "1").status == 0

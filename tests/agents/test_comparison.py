@@ -11,7 +11,7 @@ from agents.baselines import uniform
 from agents.comparison import CONTROLLER, ComparisonSettings, Plan
 from agents.experiment import RunFolder, config_path
 from agents.fit import LiveController
-from agents.lstm_policy import ReinforcePolicy
+from agents.recurrent_policy import RecurrentPolicy
 from agents.rules import RULES
 from asg_env.config import ConfigError, read_yaml, validate
 from asg_env.core.guidance import TERMS
@@ -455,7 +455,7 @@ def test_plan_reads_controllers(make_plan, run, tmp_path):
     assert (first.real_labels, second.real_labels) == (True, False)
     assert first.candidates == {}
     (method,) = first.seeds
-    assert isinstance(method.policy, ReinforcePolicy)
+    assert isinstance(method.policy, RecurrentPolicy)
     assert method.settings == RunFolder.open(run).experiment.env
     assert method.greedy
 

@@ -142,10 +142,12 @@ def test_judge_scores_a_diverged_run_zero(make_env, instance):
 
 def test_judge_scores_divergence_zero_whatever_the_network_answers(env, instance):
     run_controller(env, Static((0.1,) * 5), instance)
-    correct, retention = judgement.test_network(env.trainer, diverged=False)
+    correct, recall, retention = judgement.test_network(env.trainer, diverged=False)
     assert correct.mean() > 0.2
+    assert recall == pytest.approx(correct.mean(), abs=1e-6)  # the classes are balanced
     assert retention > 0.5
-    correct, retention = judgement.test_network(env.trainer, diverged=True)
+    correct, recall, retention = judgement.test_network(env.trainer, diverged=True)
+    assert recall == 0.0
     assert correct.shape == (1500,)
     assert not correct.any()
     assert retention == 0.0
@@ -361,7 +363,7 @@ def test_summary_says_nothing_of_a_retention_that_was_not_measured(rows, make_ex
 @pytest.mark.parametrize("diverged", [False, True])
 def test_retention_is_unknown_without_an_old_task(env, monkeypatch, diverged):
     monkeypatch.delitem(env.trainer.splits, "old_task")
-    assert judgement.test_network(env.trainer, diverged)[1] is None
+    assert judgement.test_network(env.trainer, diverged)[2] is None
 
 
 def test_summary_agrees_with_the_environment_on_a_class_without_images(

@@ -15,7 +15,7 @@ def growing(make_episode):
 
 
 def judged(episode):
-    return evaluate.TestResult(episode, np.array([True]), retention=1.0)
+    return evaluate.TestResult(episode, np.array([True]), recall=1.0, retention=1.0)
 
 
 def test_heat_map_gives_each_window_its_width(make_episode):

@@ -6,8 +6,9 @@ import torch
 
 from agents.baselines import Static
 from agents.fit import LiveController, ScheduleController, fit
-from agents.lstm_policy import LSTMPolicyNetwork, ReinforcePolicy, layout_of
+from agents.lstm_policy import LSTMPolicyNetwork
 from agents.policy import RandomPolicy
+from agents.recurrent_policy import RecurrentPolicy, layout_of
 from agents.rollout import run_controller, run_policy
 from agents.sb3 import spaces_of
 from asg_env.env import build_trainer
@@ -17,14 +18,14 @@ from asg_env.tasks import load_task
 TASK = "ASG/Digits-v0"
 
 
-def lively_policy(settings) -> ReinforcePolicy:
+def lively_policy(settings) -> RecurrentPolicy:
     """Weights large enough that observation and memory move the actions."""
     generator = torch.Generator().manual_seed(5)
     network = LSTMPolicyNetwork(layout_of(TASK, settings), 6, generator)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(0, 1.0, generator=generator)
-    return ReinforcePolicy(network)
+    return RecurrentPolicy(network)
 
 
 class Watched:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents.lstm_policy import Layout, LSTMPolicyNetwork, ReinforcePolicy, layout_of
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from asg_env.actions import BoxAction, GridAction, RelativeAction
 from asg_env.config import ConfigError
 from asg_env.observations import Observation
@@ -196,7 +197,7 @@ def test_layout_of_an_environment_matches_its_spaces(
 
 
 def test_predict_takes_one_observation_or_several_rows():
-    policy = ReinforcePolicy(lively_network())
+    policy = RecurrentPolicy(lively_network())
     rows = observations(1, 4)[0].numpy()
     action, state = policy.predict(rows[0], deterministic=True)
     assert (action.shape, action.dtype) == ((7,), np.int64)
@@ -207,7 +208,7 @@ def test_predict_takes_one_observation_or_several_rows():
 
 
 def test_predict_gives_each_row_what_it_gets_alone():
-    policy = ReinforcePolicy(lively_network())
+    policy = RecurrentPolicy(lively_network())
     rows, states = observations(2, 4).numpy(), None
     together = []
     for step in rows:
@@ -222,7 +223,7 @@ def test_predict_gives_each_row_what_it_gets_alone():
 
 
 def test_predict_starts_from_zero_where_an_episode_starts():
-    policy = ReinforcePolicy(lively_network())
+    policy = RecurrentPolicy(lively_network())
     rows = observations(2, 2).numpy()
     _, state = policy.predict(rows[0])
     _, fresh = policy.predict(rows[1], None)
@@ -235,7 +236,7 @@ def test_predict_starts_from_zero_where_an_episode_starts():
 
 def test_predict_takes_the_most_likely_choices_when_deterministic():
     network = lively_network()
-    policy = ReinforcePolicy(network)
+    policy = RecurrentPolicy(network)
     rows = observations(1, 5)
     log_probs, _ = network(rows, network.initial_state(5))
     action, _ = policy.predict(rows[0].numpy(), deterministic=True)
@@ -243,7 +244,7 @@ def test_predict_takes_the_most_likely_choices_when_deterministic():
 
 
 def test_predict_samples_by_its_seed():
-    policy = ReinforcePolicy(original_network())
+    policy = RecurrentPolicy(original_network())
     row = observations(1, 1)[0, 0].numpy()
 
     def draw(seed: int) -> np.ndarray:
@@ -256,7 +257,7 @@ def test_predict_samples_by_its_seed():
 
 def test_predict_samples_with_the_networks_probabilities():
     network = lively_network(small_layout(actions=4))
-    policy = ReinforcePolicy(network)
+    policy = RecurrentPolicy(network)
     row = observations(1, 1, 2)
     log_probs, _ = network(row, network.initial_state(1))
     expected = log_probs[0, 0, 0].exp().detach().numpy()
@@ -271,7 +272,7 @@ def test_policy_leaves_global_generators_alone():
         np.random.get_state()[1].copy(),  # noqa: NPY002 - the global state is what is tested
         random.getstate(),
     )
-    policy = ReinforcePolicy(original_network())
+    policy = RecurrentPolicy(original_network())
     policy.predict(np.zeros(12, np.float32))
     policy.predict(np.zeros(12, np.float32), deterministic=True)
     assert torch.equal(before[0], torch.get_rng_state())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents.lstm_policy import Layout, LSTMPolicyNetwork, ReinforcePolicy
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import Layout, RecurrentPolicy
 from agents.reinforce import Reinforce, ReinforceSettings, advantages
 from asg_env.config import validate
 
@@ -58,7 +59,7 @@ def test_memoryless_network_evaluates_each_step_as_a_first_one():
 
 @pytest.mark.parametrize("memoryless", [True, False])
 def test_predict_acts_the_same_whatever_came_before_only_if_memoryless(memoryless):
-    policy = ReinforcePolicy(lively_network(memoryless))
+    policy = RecurrentPolicy(lively_network(memoryless))
     rows = observations(30, 1)[:, 0].numpy()
     fresh = [policy.predict(row, deterministic=True)[0] for row in rows]
     state, carried = None, []

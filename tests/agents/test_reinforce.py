@@ -6,13 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agents.lstm_policy import Layout, LSTMPolicyNetwork
+from agents.episodic import final_accuracy
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import Layout
 from agents.reinforce import (
     Learner,
     Reinforce,
     ReinforceSettings,
     advantages,
-    final_accuracy,
     load_policy,
     returns_to_go,
 )

@@ -18,7 +18,7 @@ from asg_env.rewards import REWARD_TERMS
 
 DIGITS = "ASG/Digits-v0"
 ACTIONS = ("grid", "relative", "box")
-OBSERVATIONS = ("asg", "scaled", "extended")
+OBSERVATIONS = ("asg", "scaled", "extended", "normalised")
 GROUPS = ("conv1", "conv2", "conv3", "conv4", "head")
 STAY = [1] * 5
 EVERY_TERM = dict.fromkeys(REWARD_TERMS, 1.0)

@@ -27,6 +27,7 @@ STEP = {
     "progress": 0.4,
     "multipliers": (0.0, 0.03, 1.0),
     "inner_valid_loss": 0.7,
+    "chance_loss": math.log(5),
 }
 
 
@@ -55,6 +56,15 @@ def encode(name, telemetry=TELEMETRY, terms=(), **changed):
             ["log_ce", "log_ce_change", "log_kl", "progress", "log_inner_valid_loss"]
             + ["position/early", "position/late", "position/head"]
             + ["log_grad_norm/early", "log_grad_norm/late", "log_grad_norm/head"]
+            + ["log_drift/early", "log_drift/late", "log_drift/head"]
+            + ["log_update_ratio/early", "log_update_ratio/late", "log_update_ratio/head"],
+        ),
+        (
+            "normalised",
+            ["log_ce", "log_ce_change", "log_kl", "progress", "log_inner_valid_loss"]
+            + ["position/early", "position/late", "position/head"]
+            + ["alignment/early", "alignment/late", "alignment/head"]
+            + [f"log_relative_gradient/{group}" for group in GROUPS]
             + ["log_drift/early", "log_drift/late", "log_drift/head"]
             + ["log_update_ratio/early", "log_update_ratio/late", "log_update_ratio/head"],
         ),
@@ -166,3 +176,34 @@ def test_extended_observation_holds_every_guidance_term():
     without = encode("extended")
     assert values | without == values  # the rest is where it was
     assert "log_weight_l2" not in encode("scaled", telemetry, terms=("weight_l2", "ewc"))
+
+
+def test_normalised_has_losses_in_units_of_chance_and_gradients_in_units_of_weights():
+    values = encode("normalised")
+
+    assert values["log_ce"] == pytest.approx(math.log(1.5 / math.log(5) + 1e-3) / 4)
+    assert values["log_inner_valid_loss"] == pytest.approx(math.log(0.7 / math.log(5) + 1e-3) / 4)
+    assert [values[f"alignment/{group}"] for group in GROUPS] == [0.0, 0.5, -0.5]
+    assert values["log_relative_gradient/late"] == pytest.approx(math.log(1.0 / 2.0 + 1e-3) / 4)
+    assert values["log_drift/head"] == encode("extended")["log_drift/head"]
+
+
+def test_normalised_does_not_change_with_width_or_number_of_classes():
+    wider = dataclasses.replace(
+        TELEMETRY,
+        ce=TELEMETRY.ce * 2,
+        grad_norms=tuple(3 * norm for norm in TELEMETRY.grad_norms),
+        weight_norms=tuple(3 * norm for norm in TELEMETRY.weight_norms),
+    )
+    other = {"previous_ce": 4.0, "inner_valid_loss": 1.4, "chance_loss": math.log(25)}
+
+    assert encode("normalised", wider, **other) == pytest.approx(encode("normalised"), abs=1e-6)
+    assert encode("extended", wider, **other) != pytest.approx(encode("extended"), abs=1e-2)
+
+
+def test_normalised_gradient_is_finite_before_training():
+    before = dataclasses.replace(TELEMETRY, grad_norms=(0.0,) * 3, weight_norms=(0.0,) * 3)
+
+    assert encode("normalised", before)["log_relative_gradient/head"] == pytest.approx(
+        math.log(1e-3) / 4
+    )
