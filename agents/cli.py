@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
+from agents.cli_benchmark import benchmark_command
 from agents.cli_compare import compare_command
 from agents.cli_fit import fit_command
 from agents.cli_info import info_command, tasks_command
@@ -135,6 +136,7 @@ def export_command(
 
 app.command("fit")(fit_command)
 app.command("compare")(compare_command)
+app.command("benchmark")(benchmark_command)
 app.command("tasks")(tasks_command)
 app.command("info")(info_command)
 app.command("prepare")(prepare_command)

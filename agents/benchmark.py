@@ -1,0 +1,246 @@
+"""What `asg benchmark` runs: methods x suites x training seeds, read from YAML and checked."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from agents.baselines import FAMILIES
+from agents.experiment import Experiment, config_path, env_settings
+from agents.search import FIRST_RUNG
+from asg_env.config import ConfigError, EnvSettings, Settings, read_yaml, validate
+from asg_env.env import prepare_variants, task_of
+from asg_env.instances import TEST_INSTANCES, Instance, published_test_instances
+from asg_env.tasks import TASK_MODULES
+
+SEARCH, RANDOM = "static-search", "random"  # baselines beside the tuned rules
+# How an agent sees a suite and acts on it is its own choice; the problem is the suite's.
+AGENTS_OWN = ("action", "grid", "start_multiplier", "observation")
+
+TrialKind = Literal["agent", "rule", "search", "random"]
+
+
+class AgentEntry(Settings):
+    """One agent of a benchmark file."""
+
+    agent: str | dict[str, Any]  # of configs/agent, or `kind` and settings
+    env: dict[str, Any] = {}  # of `AGENTS_OWN`
+
+    @model_validator(mode="after")
+    def _check_own(self) -> "AgentEntry":
+        for key in self.env:
+            if key not in AGENTS_OWN:
+                raise ValueError(f"`env` may hold {', '.join(AGENTS_OWN)}, got '{key}'")
+        return self
+
+
+class BenchmarkSettings(Settings):
+    """A file of configs/benchmark; docs/benchmark.md explains each key."""
+
+    suites: Annotated[list[str], Field(min_length=1)]  # trained on: of configs/env, or paths
+    test: list[str] = []  # suites that all are judged on besides their own
+    env: dict[str, Any] = {}  # of `AGENTS_OWN`, for every suite
+    agents: dict[str, AgentEntry] = {}
+    baselines: list[str] = [*FAMILIES, SEARCH, RANDOM]
+    episodes: Annotated[int, Field(ge=FIRST_RUNG)]  # of each training, and of the search
+    seeds: Annotated[int, Field(ge=1)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0  # training seeds are seed, seed + 1, ...
+    test_instances: Annotated[int, Field(ge=1, le=TEST_INSTANCES)] = TEST_INSTANCES
+    tuning_instances: Annotated[int, Field(ge=1)] = 8  # train instances per candidate of a rule
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "BenchmarkSettings":
+        known = (*FAMILIES, SEARCH, RANDOM)
+        for name in self.baselines:
+            if name not in known:
+                raise ValueError(f"`baselines` must be of {', '.join(known)}, got '{name}'")
+        for name in self.agents:
+            if name in known or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"`agents` must have names of letters, digits and dashes that no baseline has, "
+                    f"got '{name}'"
+                )
+        for key in self.env:
+            if key not in AGENTS_OWN:
+                raise ValueError(f"`env` may hold {', '.join(AGENTS_OWN)}, got '{key}'")
+        return self
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A task and an instance set, under a name: what methods are trained, tuned and judged on.
+
+    Attributes:
+        name: That of its file.
+        task: Environment id.
+        values: Settings of the environment.
+    """
+
+    name: str
+    task: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, name: str, common: Mapping[str, Any]) -> "Suite":
+        """Read a suite by bare name (of configs/env) or path.
+
+        Raises:
+            ConfigError: The file or a value cannot be used.
+        """
+        values = {**read_yaml(config_path("env", name)), **common}
+        task = values.pop("id", None)
+        if task not in TASK_MODULES:
+            raise ConfigError(f"{name}: `id` must be one of {', '.join(TASK_MODULES)}, got {task}")
+        return cls(Path(name).stem, task, values)
+
+    def settings(self, own: Mapping[str, Any] | None = None) -> EnvSettings:
+        """Settings of its environments, as one agent sees them."""
+        return env_settings(self.task, start={**self.values, **(own or {})})
+
+    def tests(self, count: int) -> list[Instance]:
+        """Return the first `count` of its published test instances."""
+        return list(published_test_instances(self.task, self.settings().instances)[:count])
+
+    @cached_property
+    def version(self) -> str:
+        """Digest of what results depend on: settings, test instances and images.
+
+        How an agent sees the suite and acts on it is left out.
+        """
+        settings = self.settings()
+        values = settings.model_dump(exclude=set(AGENTS_OWN))
+        listed = [i.to_dict() for i in self.tests(TEST_INSTANCES)]
+        digest = task_of(self.task, settings).digest
+        text = json.dumps([self.task, values, listed, digest], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unit of work: train or tune a method on a suite once, then judge it on every suite.
+
+    Attributes:
+        suite: Name of the suite that is trained on.
+        method: Agent or baseline.
+        kind: What the method is.
+        index: Which training seed; 0 for what is not trained.
+    """
+
+    suite: str
+    method: str
+    kind: TrialKind
+    index: int
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        seed = f" seed {self.index}" if self.kind in ("agent", "search") else ""
+        return f"{self.method} on {self.suite}{seed}"
+
+    def folder(self, root: Path) -> Path:
+        """Where its files are."""
+        return root / self.suite / self.method / f"seed-{self.index}"
+
+
+class Benchmark:
+    """A validated benchmark: suites, methods, budget and seeds."""
+
+    def __init__(self, settings: BenchmarkSettings) -> None:
+        self.settings = settings
+        names = dict.fromkeys([*settings.suites, *settings.test])
+        loaded = [Suite.load(name, settings.env) for name in names]
+        self.suites = {suite.name: suite for suite in loaded}
+        if len(self.suites) < len(loaded):
+            raise ConfigError(f"`suites` must have names of their own, got {', '.join(names)}")
+        self.trained = [suite.name for suite in loaded[: len(dict.fromkeys(settings.suites))]]
+        for name in self.trained:
+            for agent in settings.agents:
+                self.experiment(name, agent)  # refuses what does not fit
+
+    def experiment(self, suite: str, agent: str) -> Experiment:
+        """Return the experiment of an agent on a suite, all training seeds in one run folder.
+
+        Raises:
+            ConfigError: The agent does not fit the suite, or its updates the budget.
+        """
+        settings, entry = self.settings, self.settings.agents[agent]
+        values = entry.agent
+        if isinstance(values, str):
+            values = read_yaml(config_path("agent", values))
+        section = {"env": {"id": self.suites[suite].task, **self.suites[suite].values}}
+        section["env"] |= entry.env
+        train = {
+            "seeds": settings.seeds,
+            "workers": 1,
+            "test_instances": settings.test_instances,
+            "tuning_instances": settings.tuning_instances,
+            "search_episodes": 0,  # searches are trials of their own
+        }
+        probe = Experiment({**section, "agent": {**values, "updates": 1}, "train": train})
+        per_update = probe.agent.episodes
+        if settings.episodes % per_update:
+            raise ConfigError(
+                f"`episodes` must be a multiple of {per_update}, the episodes of an update of "
+                f"agent {agent}, got {settings.episodes}; change one of them"
+            )
+        updates = settings.episodes // per_update
+        return Experiment(
+            {
+                **section,
+                "agent": {**values, "updates": updates},
+                "train": train,
+                "seed": settings.seed,
+            }
+        )
+
+    def check(self, report: Callable[[str], None]) -> None:
+        """Load every task and build every agent; nothing is trained.
+
+        Raises:
+            ConfigError: A setting does not fit the task, the machine or the agent.
+        """
+        for suite in self.suites.values():
+            prepare_variants(suite.task, suite.settings(), report)
+        for name in self.trained:
+            for agent in self.settings.agents:
+                self.experiment(name, agent).check()
+
+    def trials(self) -> list[Trial]:
+        """Everything there is to do; the cheap ones last, so that they fill the gaps."""
+        settings = self.settings
+        trials = [
+            Trial(suite, agent, "agent", index)
+            for index in range(settings.seeds)
+            for suite in self.trained
+            for agent in settings.agents
+        ]
+        for suite in self.trained:
+            if SEARCH in settings.baselines:
+                trials += [Trial(suite, SEARCH, "search", i) for i in range(settings.seeds)]
+            rules = [name for name in settings.baselines if name not in (SEARCH, RANDOM)]
+            trials += [Trial(suite, name, "rule", 0) for name in rules]
+            trials += [Trial(suite, RANDOM, "random", 0)] * (RANDOM in settings.baselines)
+        return trials
+
+    def versions(self) -> dict[str, str]:
+        """Version of every suite."""
+        return {name: suite.version for name, suite in self.suites.items()}
+
+
+def load_benchmark(name: str, overrides: Mapping[str, Any] | None = None) -> Benchmark:
+    """Read a benchmark by bare name (of the shipped ones) or path.
+
+    Args:
+        name: Such as `digits-quick`, or the path of a YAML file.
+        overrides: Top-level values in the place of the file's.
+
+    Raises:
+        ConfigError: The file or a value cannot be used.
+    """
+    values = {**read_yaml(config_path("benchmark", name)), **(overrides or {})}
+    return Benchmark(validate(BenchmarkSettings, values, "benchmark"))

@@ -1,0 +1,119 @@
+"""The table of a benchmark: one CSV with a line per judged network, and a manifest beside it."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.benchmark import Benchmark
+from agents.experiment import provenance, write_text
+from asg_env.config import ConfigError
+
+TABLE, MANIFEST = "table.csv", "manifest.json"
+COLUMNS = (
+    "suite",
+    "suite_version",
+    "tested_on",
+    "tested_version",
+    "method",
+    "kind",
+    "training_seed",
+    "instance",
+    "accuracy",
+    "mean_recall",
+    "retention",
+    "diverged",
+    "setting",
+    "episodes",
+    "inner_steps",
+    "validation_images",
+)
+FORMAT = 1  # of table and manifest; raise when a column changes its meaning
+
+
+def open_table(benchmark: Benchmark, root: Path) -> None:
+    """Start the manifest, or check that the table is of these versions of the suites.
+
+    Raises:
+        ConfigError: It holds results of another version of a suite, or is damaged.
+    """
+    path, versions = root / MANIFEST, benchmark.versions()
+    known: dict[str, str] = {}
+    if path.exists():
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            known, written = dict(manifest["suites"]), manifest["format"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path} is no manifest of a benchmark; restore it, or choose another --out"
+            ) from None
+        if written != FORMAT:
+            raise ConfigError(
+                f"{path} is of format {written}, this version writes {FORMAT}; choose another --out"
+            )
+        for name, version in versions.items():
+            if known.get(name, version) != version:
+                raise ConfigError(
+                    f"{root / TABLE} holds results of suite {name} in version {known[name]}, this "
+                    f"is version {version}; results of two versions are not compared: choose "
+                    "another --out"
+                )
+    values = {
+        "format": FORMAT,
+        "columns": COLUMNS,
+        "suites": {**known, **versions},
+        "settings": benchmark.settings.model_dump(),
+        "provenance": provenance(),
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_results(root: Path) -> list[dict[str, Any]]:
+    """Return what every trial wrote, in the order of their paths.
+
+    Raises:
+        ConfigError: A file is damaged.
+    """
+    found = []
+    for path in sorted(root.glob("*/*/seed-*/test-*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["results"], values["suite_version"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is no whole result; delete it and go on") from None
+        found.append(values)
+    return found
+
+
+def write_table(root: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write the table anew from all results, to a temporary name first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for judged in results:
+        for number, one in enumerate(judged["results"]):
+            writer.writerow({**judged, **judged["cost"], **one, "instance": number})
+    write_text(root / TABLE, text.getvalue())
+
+
+def version_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return each suite's version.
+
+    Raises:
+        ConfigError: Results of one suite are of two versions.
+    """
+    versions: dict[str, str] = {}
+    for judged in results:
+        for name, version in (
+            (judged["suite"], judged["suite_version"]),
+            (judged["tested_on"], judged["tested_version"]),
+        ):
+            if versions.setdefault(name, version) != version:
+                raise ConfigError(
+                    f"results of suite {name} are of the versions {versions[name]} and {version}; "
+                    "compare those of one"
+                )
+    return versions

@@ -1,0 +1,307 @@
+"""One trial of a benchmark: train or tune, then judge on test instances. Runs in any process."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.baselines import FAMILIES, Controller, Static
+from agents.benchmark import Benchmark, Suite, Trial
+from agents.evaluate import (
+    EVALUATION_SEED,
+    MODE_INSTANCES,
+    TestResult,
+    choose_mode,
+    read_metrics,
+    reads_real_labels,
+)
+from agents.experiment import Experiment, RunFolder, provenance, write_text
+from agents.judgement import test_network
+from agents.policy import Policy, RandomPolicy
+from agents.rollout import Episode, RolloutPool, run_controller, run_policy
+from agents.search import Scorer, search_static, train_instances, tuning_instances
+from agents.train import train_seed
+from asg_env.config import ConfigError
+from asg_env.core.seeding import derive_seed
+from asg_env.env import LayerwiseLREnv, task_of
+from asg_env.instances import Instance
+
+SEARCH_INSTANCES = 108  # train instances of the last rung of the static search
+SELECTION = "selection.json"
+SELECTION_OFFSET = 10_000  # keeps draws of actions apart from those on test instances
+SELECTION_INSTANCES = 16  # train instances by which the best of several methods is told
+Act = Callable[[LayerwiseLREnv, Instance, int], Episode]  # the last: the number of the run
+
+
+def test_file(folder: Path, suite: str) -> Path:
+    """Where a trial keeps how it did on a suite."""
+    return folder / f"test-{suite}.json"
+
+
+def is_done(benchmark: Benchmark, trial: Trial, root: Path) -> bool:
+    """Whether a trial has been judged on every suite, and on train instances."""
+    folder = trial.folder(root)
+    return not _missing(benchmark, folder) and (folder / SELECTION).exists()
+
+
+def run_trial(benchmark: Benchmark, trial: Trial, root: Path) -> None:
+    """Do what is still missing of a trial; a training that was cut off is gone on with.
+
+    Args:
+        benchmark: What the trial is of.
+        trial: What to do.
+        root: Folder of the benchmark; processes on other machines must see it too.
+
+    Raises:
+        ConfigError: A file of an earlier run is damaged.
+    """
+    torch.set_num_threads(1)  # bits change with the thread count
+    suite = benchmark.suites[trial.suite]
+    if trial.kind == "agent":
+        _run_agent(benchmark, trial, suite, root)
+    else:
+        _run_baseline(benchmark, trial, suite, root)
+
+
+def _run_agent(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> None:
+    folder = trial.folder(root)
+    experiment = benchmark.experiment(trial.suite, trial.method)
+    run = RunFolder(folder.parent, experiment)
+    train_seed(run, trial.index, lambda *_: None, workers=0)
+    policy = experiment.agent_module.load_policy(
+        folder / "checkpoints" / experiment.agent_module.CHECKPOINT, experiment
+    )
+    lines = read_metrics(folder)
+    cost = {
+        "episodes": int(lines[-1]["episodes"]),
+        "inner_steps": int(sum(line["inner_steps"] for line in lines)),
+        "validation_images": int(sum(line["validation_images"] for line in lines)),
+    }
+    greedy, choosing = _mode(folder, policy, experiment)
+    cost = {key: cost[key] + choosing[key] for key in cost}
+    own = benchmark.settings.agents[trial.method].env
+
+    def acting(policy: Policy) -> Act:
+        def act(env: LayerwiseLREnv, instance: Instance, number: int) -> Episode:
+            seed = derive_seed(EVALUATION_SEED, "benchmark", trial.method, trial.index, number)
+            return run_policy(env, policy, instance, seed, greedy)
+
+        return act
+
+    for other in _missing(benchmark, folder):
+        there = policy
+        if other.task != suite.task:
+            try:
+                there = _elsewhere(experiment, folder, other, own)
+            except ConfigError as error:
+                _write(benchmark, trial, root, other, cost, "", [], str(error))
+                continue
+        mode = "greedy" if greedy else "sampled"
+        results = _judged(benchmark, other, own, acting(there))
+        _write(benchmark, trial, root, other, cost, mode, results)
+    _select(benchmark, trial, root, own, acting(policy))
+
+
+def _missing(benchmark: Benchmark, folder: Path) -> list[Suite]:
+    """Suites that a trial has not been judged on."""
+    return [s for s in benchmark.suites.values() if not test_file(folder, s.name).exists()]
+
+
+def _judged(
+    benchmark: Benchmark, tested: Suite, own: Mapping[str, Any], act: Act
+) -> list[TestResult]:
+    """Judge a method on the test instances of a suite."""
+    env = LayerwiseLREnv(tested.task, tested.settings(own))
+    results = []
+    for number, instance in enumerate(tested.tests(benchmark.settings.test_instances)):
+        episode = act(env, instance, number)
+        results.append(TestResult(episode, *test_network(env.trainer, episode.diverged)))
+    return results
+
+
+def _select(
+    benchmark: Benchmark, trial: Trial, root: Path, own: Mapping[str, Any], act: Act
+) -> None:
+    """Keep how a finished method does on train instances, by which the best one is told.
+
+    The same for all methods of a suite, and others than those that anything was tuned on.
+    """
+    path = trial.folder(root) / SELECTION
+    if path.exists():
+        return
+    suite = benchmark.suites[trial.suite]
+    settings = suite.settings(own)
+    seed = derive_seed(EVALUATION_SEED, "selection")
+    listed = tuning_instances(suite.task, settings.instances, seed, SELECTION_INSTANCES)
+    env = LayerwiseLREnv(suite.task, settings)
+    accuracies = []
+    for number, instance in enumerate(listed):
+        episode = act(env, instance, SELECTION_OFFSET + number)
+        accuracy = 0.0
+        if not episode.diverged:
+            accuracy = env.trainer.evaluate("outer_valid").score(settings.metric)
+        accuracies.append(accuracy)
+    write_text(path, json.dumps({"outer_valid": accuracies}) + "\n")
+
+
+def _mode(folder: Path, policy: Policy, experiment: Experiment) -> tuple[bool, dict[str, int]]:
+    """Greedy or sampled actions, chosen once on train instances; and what choosing cost."""
+    path = folder / "mode.json"
+    if not path.exists():
+        cost = {"episodes": 0, "inner_steps": 0, "validation_images": 0}
+        greedy = True
+        if reads_real_labels(experiment):
+            instances = experiment.env.instances
+            seed = derive_seed(EVALUATION_SEED, "tuning")
+            listed = tuning_instances(experiment.task, instances, seed, MODE_INSTANCES)
+            with RolloutPool(experiment.task, experiment.env, 0) as pool:
+                greedy, episodes = choose_mode(pool, [policy], listed)
+            cost = {
+                "episodes": len(episodes),
+                "inner_steps": sum(e.inner_steps for e in episodes),
+                "validation_images": sum(e.validation_images for e in episodes),
+            }
+        write_text(path, json.dumps({"greedy": greedy, "cost": cost}) + "\n")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values["greedy"], values["cost"]
+
+
+def _elsewhere(experiment: Experiment, folder: Path, other: Suite, own: dict[str, Any]) -> Policy:
+    """Load a policy for the layer groups of another task.
+
+    Raises:
+        ConfigError: It has no weights for them.
+    """
+    values = experiment.to_dict()
+    there = Experiment({**values, "env": {"id": other.task, **other.values, **own}})
+    path = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
+    policy: Policy = experiment.agent_module.load_policy(path, there)
+    return policy
+
+
+def _run_baseline(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> None:
+    folder = trial.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tuned.json"
+    settings = suite.settings()
+    if not path.exists():
+        with RolloutPool(suite.task, settings, 0) as pool:
+            write_text(path, json.dumps(_tuned(benchmark, trial, suite, pool)) + "\n")
+    tuned = json.loads(path.read_text(encoding="utf-8"))
+
+    def act(env: LayerwiseLREnv, instance: Instance, number: int) -> Episode:
+        if trial.kind == "random":
+            seed = derive_seed(EVALUATION_SEED, "benchmark", trial.method, number)
+            return run_policy(env, RandomPolicy(env.action_space), instance, seed, False)
+        controller: Controller
+        if trial.kind == "search":
+            controller = Static(tuple(tuned["vector"]))
+        else:
+            groups = len(env.trainer.layer_groups)
+            controller = FAMILIES[trial.method](groups)[tuned["setting"]]
+        return run_controller(env, controller, instance)
+
+    for other in _missing(benchmark, folder):
+        groups = len(task_of(other.task, other.settings()).layer_groups)
+        results: list[TestResult] = []
+        refused = ""
+        if trial.kind == "search" and len(tuned["vector"]) != groups:
+            refused = f"a vector of {len(tuned['vector'])} layer groups, {other.name} has {groups}"
+        else:
+            results = _judged(benchmark, other, {}, act)
+        setting = tuned["setting"]
+        _write(benchmark, trial, root, other, tuned["cost"], setting, results, refused)
+    _select(benchmark, trial, root, {}, act)
+
+
+def _tuned(benchmark: Benchmark, trial: Trial, suite: Suite, pool: RolloutPool) -> dict[str, Any]:
+    """Choose a baseline's setting on train instances; return it and what it cost."""
+    settings, nothing = suite.settings(), {"episodes": 0, "inner_steps": 0, "validation_images": 0}
+    if trial.kind == "random":
+        return {"setting": "", "cost": nothing}
+    groups = len(pool.here.trainer.layer_groups)
+    if trial.kind == "search":
+        seed = derive_seed(EVALUATION_SEED, "search", benchmark.settings.seed + trial.index)
+        listed = train_instances(suite.task, settings.instances, seed, SEARCH_INSTANCES)
+        budget = benchmark.settings.episodes
+        found = search_static(Scorer(pool, listed), settings.grid, groups, budget, seed)
+        setting = "(" + ", ".join(f"{m:g}" for m in found.vector) + ")"
+        cost = {key: getattr(found, key) for key in nothing}
+        return {"setting": setting, "vector": list(found.vector), "cost": cost}
+    count = benchmark.settings.tuning_instances
+    seed = derive_seed(EVALUATION_SEED, "tuning")
+    scorer = Scorer(pool, tuning_instances(suite.task, settings.instances, seed, count))
+    scores = scorer.score(FAMILIES[trial.method](groups), count)
+    best = max(scores, key=lambda name: scores[name])
+    return {"setting": best, "cost": {key: getattr(scorer, key) for key in nothing}}
+
+
+def _write(
+    benchmark: Benchmark,
+    trial: Trial,
+    root: Path,
+    tested: Suite,
+    cost: dict[str, int],
+    setting: str,
+    results: Sequence[TestResult],
+    refused: str = "",
+) -> None:
+    """Write how a trial did on a suite: plain values that JSON can hold."""
+    write_text(
+        test_file(trial.folder(root), tested.name),
+        json.dumps(
+            {
+                "suite": trial.suite,
+                "suite_version": benchmark.suites[trial.suite].version,
+                "tested_on": tested.name,
+                "tested_version": tested.version,
+                "method": trial.method,
+                "kind": trial.kind,
+                "training_seed": benchmark.settings.seed + trial.index,
+                "setting": setting,
+                "cost": cost,
+                "refused": refused,
+                "results": [_record(result) for result in results],
+                "provenance": provenance(),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        )
+        + "\n",
+    )
+
+
+def _record(result: TestResult) -> dict[str, Any]:
+    episode = result.episode
+    return {
+        "instance": episode.instance.to_dict(),
+        "accuracy": result.score("accuracy"),
+        "mean_recall": result.recall,
+        "retention": result.retention,
+        "diverged": episode.diverged,
+        "inner_steps": episode.inner_steps,
+        "multipliers": np.round(episode.multipliers, 5).tolist(),
+        "progress": np.round(episode.progress, 5).tolist(),
+        "ce": np.round(episode.ce, 4).tolist(),
+        "outer_valid": np.round(episode.accuracy, 4).tolist(),
+    }
+
+
+def start_run_folder(benchmark: Benchmark, suite: str, agent: str, root: Path) -> None:
+    """Make the run folder of an agent's trials, or check that it is of these settings.
+
+    Raises:
+        ConfigError: It is of others.
+    """
+    experiment, path = benchmark.experiment(suite, agent), root / suite / agent
+    if (path / "config.yaml").exists():
+        if RunFolder.open(path).experiment.digest() != experiment.digest():
+            raise ConfigError(
+                f"{path} holds trainings of agent {agent} with other settings; give the agent "
+                "another name, or choose another --out"
+            )
+        return
+    RunFolder.start(path, experiment)
