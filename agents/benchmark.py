@@ -110,10 +110,11 @@ class Suite:
     def version(self) -> str:
         """Digest of what results depend on: settings, test instances and images.
 
-        How an agent sees the suite and acts on it is left out.
+        How an agent sees the suite and acts on it is left out, and so are defaults: when one of
+        those changes, the environment's id does.
         """
         settings = self.settings()
-        values = settings.model_dump(exclude=set(AGENTS_OWN))
+        values = settings.model_dump(exclude=set(AGENTS_OWN), exclude_defaults=True)
         listed = [i.to_dict() for i in self.tests(TEST_INSTANCES)]
         digest = task_of(self.task, settings).digest
         text = json.dumps([self.task, values, listed, digest], sort_keys=True, default=str)
