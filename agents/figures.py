@@ -63,13 +63,13 @@ def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[
             bands.append((span if min(scales) < max(scales) else f"scale {scales[0]:g}", inside))
     axes = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
     for panel, (title, inside) in zip(axes, bands, strict=True):
-        longest = max(inside, key=lambda e: len(e.multipliers))
-        horizon = len(longest.multipliers)
-        grid = np.full((len(inside), horizon, len(layer_groups)), np.nan)
-        for row, episode in zip(grid, inside, strict=True):
-            row[: len(episode.multipliers)] = np.log10(np.maximum(episode.multipliers, FLOOR))
+        edges = max((e.progress for e in inside), key=len)
+        logs = [np.log10(np.maximum(e.multipliers, FLOOR)) for e in inside]
+        grid = np.stack(
+            [on_windows(log, e.progress, edges) for log, e in zip(logs, inside, strict=True)]
+        )
         image = panel.pcolormesh(
-            longest.progress,
+            edges,
             np.arange(len(layer_groups) + 1) - 0.5,
             np.nanmean(grid, axis=0).T,
             cmap="viridis",
@@ -86,18 +86,35 @@ def _heat_maps(figure: Any, episodes: Sequence[Episode], layer_groups: Sequence[
     figure.suptitle("What the controller does on unseen instances", fontsize=11)
 
 
+def on_windows(values: np.ndarray, progress: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Put what an episode has for each of its windows on windows that all episodes share.
+
+    Args:
+        values: Shape (T, ...).
+        progress: Where the episode's windows begin, and where it ended, shape (T + 1,).
+        edges: Where the common windows begin and end, shape (U + 1,).
+
+    Returns:
+        Shape (U, ...): the value in the middle of each common window, NaN beyond the end.
+    """
+    middle = (edges[:-1] + edges[1:]) / 2
+    index = np.searchsorted(progress, middle, side="right") - 1
+    there = index < len(values)
+    found = np.full((len(middle), *values.shape[1:]), np.nan)
+    found[there] = values[index[there]]
+    return found
+
+
 def _accuracy_curves(axes: Any, rows: Sequence[Row], metric: str) -> None:
     others = [row for row in rows[1:] if row.name in OTHERS]
     for row in [rows[0], *others]:
         episodes = [e for e in _episodes(row) if len(e.accuracy)]
         if not episodes:
             continue
-        longest = max(episodes, key=lambda e: len(e.accuracy))
-        horizon = len(longest.accuracy)
-        curves = np.zeros((len(episodes), horizon))  # a diverged run scores 0 from then on
-        for line, episode in zip(curves, episodes, strict=True):
-            line[: len(episode.accuracy)] = episode.accuracy
-        x = longest.progress[1:]
+        edges = max((e.progress for e in episodes), key=len)
+        # A diverged run scores 0 from then on.
+        curves = np.nan_to_num([on_windows(e.accuracy, e.progress, edges) for e in episodes])
+        x = edges[1:]
         colour = OTHERS.get(row.name, HIGHLIGHT)
         low, high = np.quantile(curves, (0.25, 0.75), axis=0)
         axes.plot(x, curves.mean(axis=0), color=colour, label=row.name, lw=1.8)

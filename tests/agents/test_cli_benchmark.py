@@ -199,6 +199,32 @@ def test_worker_processes_give_the_results_of_a_run_that_was_cut_off(tmp_path, m
     assert len(judged(trial.folder(roots[0]))) == 4  # two suites, the mode, the selection
 
 
+@pytest.mark.slow
+def test_ray_tasks_give_the_results_of_this_process(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(trials, "MODE_INSTANCES", 8)  # tasks import the modules anew
+    monkeypatch.setattr(trials, "SELECTION_INSTANCES", 16)
+    benchmark = load_benchmark(str(write_files(tmp_path / "files")))
+    work = [Trial("scale", "gradient", "agent", 0), Trial("scale", "random", "random", 0)]
+    broken = Trial("scale", "nobody", "rule", 0)
+    roots = [tmp_path / "ray", tmp_path / "here"]
+    for root in roots:
+        trials.start_run_folder(benchmark, "scale", "gradient", root)
+    ticks = []
+
+    outcomes = executors.run_on_ray(
+        benchmark, [*work, broken], roots[0], 0, lambda: ticks.append(1)
+    )
+    errors = dict(outcomes)
+
+    assert ticks
+    assert isinstance(errors.pop(broken), KeyError)
+    assert errors == dict.fromkeys(work)
+    for trial in work:
+        trials.run_trial(benchmark, trial, roots[1])
+        assert judged(trial.folder(roots[0])) == judged(trial.folder(roots[1]))
+
+
 def test_resume_does_nothing_again_and_adds_what_is_missing(done, asg, inline, monkeypatch):
     path, out = done
     before = results(out)

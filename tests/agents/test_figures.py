@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agents import evaluate
-from agents.figures import _accuracy_curves, _heat_maps
+from agents.figures import _accuracy_curves, _heat_maps, on_windows
 
 PROGRESS = np.array([0.0, 0.1, 0.3, 1.0])  # growing windows
 
@@ -40,3 +40,13 @@ def test_accuracy_curves_say_when_there_are_none(make_episode):
     axes = Figure().subplots()
     _accuracy_curves(axes, [row], "accuracy")
     assert [text.get_text() for text in axes.texts] == ["the reward reads no real label"]
+
+
+def test_episodes_of_other_horizons_are_drawn_by_progress():
+    edges = np.linspace(0, 1, 5)
+    short = on_windows(np.array([1.0, 2.0]), np.array([0, 0.5, 1.0]), edges)
+    np.testing.assert_array_equal(short, [1, 1, 2, 2])
+    same = on_windows(np.arange(8.0).reshape(4, 2), edges, edges)
+    np.testing.assert_array_equal(same, np.arange(8.0).reshape(4, 2))
+    diverged = on_windows(np.array([1.0, 2.0]), np.array([0, 0.25, 0.5]), edges)
+    np.testing.assert_array_equal(diverged, [1, 2, np.nan, np.nan])
