@@ -155,7 +155,11 @@ def draw_transfer(
     figure, axes = _new_figure(len(trained_on), 1.5 + 0.46 * len(trained_on))
     known = values[np.isfinite(values)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
-    image = axes.imshow(values, aspect="auto", cmap=CELLS, vmin=low, vmax=high)
+    sides = [np.arange(count + 1) - 0.5 for count in reversed(values.shape)]
+    image = axes.pcolormesh(  # not an image: in an SVG it would have to be embedded
+        *sides, np.ma.masked_invalid(values), cmap=CELLS, vmin=low, vmax=high, edgecolors="face"
+    )
+    axes.invert_yaxis()
     upright = len(tested_on) > 5  # side by side there is no room
     axes.set_xticks(
         range(len(tested_on)),
@@ -273,6 +277,12 @@ def _new_figure(items: int, height: float) -> tuple[Figure, Any]:
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0.0)
     axes: Any = figure.subplots()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Any) -> None:
+    """Give axes the common look: see-through, grey, with a faint grid."""
     axes.patch.set_alpha(0.0)
     axes.tick_params(colors=INK, labelsize=SMALL)
     for label in (axes.xaxis.label, axes.yaxis.label):
@@ -282,7 +292,6 @@ def _new_figure(items: int, height: float) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=INK, alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _broken(name: str, length: int = NAME_LENGTH) -> str:

@@ -27,12 +27,14 @@ from agents.cli_options import (
     policy_of_seed,
     progress_bar,
 )
+from agents.cli_report import report_command
 from agents.evaluate import acts_greedily, compare, reads_real_labels
 from agents.experiment import RunFolder, load_experiment, write_text
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.import_policy import import_policy_command
 from agents.prepare import prepare_command
+from agents.records import write_episodes
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
 from agents.rollout import RolloutPool
 from agents.summary import summarise
@@ -137,6 +139,7 @@ def export_command(
 app.command("fit")(fit_command)
 app.command("compare")(compare_command)
 app.command("benchmark")(benchmark_command)
+app.command("report")(report_command)
 app.command("tasks")(tasks_command)
 app.command("info")(info_command)
 app.command("prepare")(prepare_command)
@@ -178,9 +181,10 @@ def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] =
     run.write_json("results.json", summary)
     write_text(run.path / "results.md", results_markdown(summary))
     groups = tuple(run.experiment.layer_groups)
+    write_episodes(rows, groups, run.path)
     draw_run(rows, summary, groups, run.path / "comparison.png")
     console.print(comparison_table(summary))
-    console.print(f"written: {run.path}/results.json, results.md, comparison.png")
+    console.print(f"written: {run.path}/results.json, episodes.json, results.md, comparison.png")
 
 
 def _export(

@@ -59,7 +59,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
 
     What each family was tuned to stands in the Markdown.
     """
-    table = Table(title=_caption(summary), caption=_footnote(summary))
+    table = Table(title=_caption(summary), caption=footnote(summary))
     for index, heading in enumerate(("method", "IQM [95 %]", "mean", "div.", "controller - this")):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for entry in _ordered(summary):
@@ -90,7 +90,7 @@ def results_markdown(summary: dict[str, Any]) -> str:
     table = ["| " + " | ".join(row) + " |" for row in rows]
     table.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
     lines = [_caption(summary), "", *table]
-    return "\n".join([*lines, "", _footnote(summary), ""])
+    return "\n".join([*lines, "", footnote(summary), ""])
 
 
 def _ordered(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,7 +106,8 @@ def _caption(summary: dict[str, Any]) -> str:
     )
 
 
-def _footnote(summary: dict[str, Any]) -> str:
+def footnote(summary: dict[str, Any]) -> str:
+    """Return in words what the table says, and how far to trust it."""
     verdicts: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
     for entry in summary["rows"]:
         difference = entry.get("controller_minus_this")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from agents.baselines import FAMILIES, Controller, Static
@@ -22,6 +21,7 @@ from agents.evaluate import (
 from agents.experiment import Experiment, RunFolder, provenance, write_text
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
+from agents.records import episode_record
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.search import Scorer, search_static, train_instances, tuning_instances
 from agents.train import train_seed
@@ -259,35 +259,20 @@ def _write(
                 "suite_version": benchmark.suites[trial.suite].version,
                 "tested_on": tested.name,
                 "tested_version": tested.version,
+                "layer_groups": list(task_of(tested.task, tested.settings()).layer_groups),
                 "method": trial.method,
                 "kind": trial.kind,
                 "training_seed": benchmark.settings.seed + trial.index,
                 "setting": setting,
                 "cost": cost,
                 "refused": refused,
-                "results": [_record(result) for result in results],
+                "results": [episode_record(result) for result in results],
                 "provenance": provenance(),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         )
         + "\n",
     )
-
-
-def _record(result: TestResult) -> dict[str, Any]:
-    episode = result.episode
-    return {
-        "instance": episode.instance.to_dict(),
-        "accuracy": result.score("accuracy"),
-        "mean_recall": result.recall,
-        "retention": result.retention,
-        "diverged": episode.diverged,
-        "inner_steps": episode.inner_steps,
-        "multipliers": np.round(episode.multipliers, 5).tolist(),
-        "progress": np.round(episode.progress, 5).tolist(),
-        "ce": np.round(episode.ce, 4).tolist(),
-        "outer_valid": np.round(episode.accuracy, 4).tolist(),
-    }
 
 
 def start_run_folder(benchmark: Benchmark, suite: str, agent: str, root: Path) -> None:

@@ -120,7 +120,7 @@ def test_transfer_writes_every_number_in_ink_that_stands_out_from_its_cell():
     texts = {text.get_text(): text for text in axes.texts}
     assert set(texts) == {"0.90", "–", "0.25", "0.50"}
     assert tick_names(axes.yaxis) == tick_names(axes.xaxis) == FAMILIES
-    image = axes.images[0]
+    image = axes.collections[0]
     for number in (0.9, 0.25, 0.5):
         cell = image.cmap(image.norm(number))
         assert contrast(texts[f"{number:.2f}"].get_color(), cell[:3]) >= 4

@@ -581,6 +581,7 @@ def test_train_writes_the_promised_files(finished, make_values):
     assert {p.name for p in finished.iterdir()} == {
         "comparison.png",
         "config.yaml",
+        "episodes.json",
         "known_scale.json",
         "provenance.json",
         "results.json",
