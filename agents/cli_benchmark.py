@@ -19,6 +19,7 @@ from agents.cli_options import Assignments, Workers, console, make_folder, progr
 from agents.evaluate import read_metrics
 from agents.executors import Outcome, run_in_pool, run_on_ray
 from agents.experiment import assign, assignment
+from agents.report import REPORT, write_report
 from agents.trials import is_done, start_run_folder
 from asg_env.config import ConfigError
 
@@ -83,7 +84,9 @@ def benchmark_command(
     for comparison in summary["comparisons"]:
         said = [verdict(comparison), *warnings(comparison, summary["seeds"])]
         console.print(f"{title(comparison)}: {' '.join(said)}")
-    console.print(f"written: {out}/table.csv, results.json, results.md and figures")
+    with console.status("drawing"):
+        write_report(out, out / REPORT)
+    console.print(f"written: {out}/table.csv, results.json, results.md, {REPORT} and figures")
     if failed:
         console.print(
             f"{len(failed)} trials failed and are not in the table: {', '.join(failed)}; "

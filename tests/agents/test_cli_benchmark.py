@@ -144,6 +144,7 @@ def test_summary_compares_on_every_suite_and_chooses_by_train_instances(finished
     assert "n = 2 units" in text
     assert "below 20 an interval covers less" in text
     assert "2 training seed(s) say little" in text
+    assert "gradient" in (out / "report.html").read_text(encoding="utf-8")
     figures = {path.stem for path in (out / "figures").iterdir()}
     assert {"scale-iqm", "scale-profiles", "scale-improvement", "scale-gap"} <= figures
     assert {"scale-efficiency", "scale-to-still-iqm", "transfer"} <= figures
