@@ -132,16 +132,26 @@ def pack(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 def unpack(
     tensors: dict[str, Tensor], network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Take over the tensors of `pack`."""
-    network.load_state_dict(
-        {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
-    )
+    """Take over the tensors of `pack`.
+
+    Raises:
+        RuntimeError: They are of another network.
+        ValueError: They are of an optimizer of other parameters.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/")
             state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
+    parameters = sum(len(group["params"]) for group in groups)
+    if state and len(state) != parameters:  # torch would take them: another agent's, same network
+        raise ValueError(
+            f"it holds the optimizer of {len(state)} parameters, here it has {parameters}"
+        )
+    network.load_state_dict(
+        {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
+    )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -115,7 +115,7 @@ class RecurrentPolicy:
             state = state * ~np.asarray(episode_start, dtype=bool)[:, None, None]
         actions, states = [], []
         for row, row_state in zip(rows, state, strict=True):
-            with torch.no_grad():
+            with torch.inference_mode():
                 log_probs, after = self.network(
                     torch.from_numpy(np.ascontiguousarray(row, np.float32))[None, None],
                     torch.from_numpy(np.ascontiguousarray(row_state, np.float32))[:, None],

@@ -43,7 +43,7 @@ class SequencePPOSettings(Settings):
     updates: Annotated[int, Field(ge=1)] = 30
     episodes_per_update: Annotated[int, Field(ge=2)] = 32  # of an instance each
     hidden_size: Annotated[int, Field(ge=1)] = 32
-    policy_lr: Annotated[float, Field(gt=0)] = 3e-3
+    policy_lr: Annotated[float, Field(gt=0)] = 0.01
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     entropy: Annotated[float, Field(ge=0)] = 0.002  # bonus per nat of a layer group's choice

@@ -25,8 +25,8 @@ ALLOWED_WITHIN = {
 # Packages that only these modules, and those whose names go on with `_`, may import.
 ONLY_IN = {
     "yaml": {"asg_env.config", "agents.experiment"},
-    "stable_baselines3": {"agents.sb3"},
-    "sb3_contrib": {"agents.sb3"},
+    "stable_baselines3": {"agents.sb3", "benchmarks.sequence_ppo"},
+    "sb3_contrib": {"agents.sb3", "benchmarks.sequence_ppo"},
 }
 
 

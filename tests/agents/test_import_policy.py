@@ -304,7 +304,7 @@ def test_imported_run_is_exported_and_used_live(importing, asg, inline_pool, mon
 
 def test_imported_policy_can_be_trained_further(importing, inline_pool, monkeypatch):
     run = importing()
-    monkeypatch.setattr(agents.reinforce, "RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.episodic.RolloutPool", inline_pool)
     small = {"instances_per_update": 1, "rollouts_per_instance": 2, "passes": 1}
     agent = run.experiment.agent.model_copy(update=small)
     learner = Learner(TASK, run.experiment.env, agent, 0, 1)

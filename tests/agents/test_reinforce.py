@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agents.coordinatewise import CoordinatewiseNetwork
 from agents.episodic import final_accuracy
 from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import Layout
@@ -450,3 +451,41 @@ def test_train_lowers_the_entropy_bonus_from_start_to_end(make_episode, monkeypa
 
 def test_settings_count_their_episodes():
     assert settings(updates=5, instances_per_update=3, rollouts_per_instance=4).episodes == 60
+
+
+# The coordinate-wise network
+
+
+def test_settings_refuse_a_memoryless_coordinate_wise_network():
+    sentence = "`memoryless` must be false with network coordinate-wise, got true; leave it out"
+    with pytest.raises(ConfigError, match=sentence):
+        settings(network="coordinate-wise", memoryless=True)
+    with pytest.raises(ConfigError, match="`agent.network`"):
+        settings(network="transformer")
+
+
+@pytest.mark.parametrize("rewarded", [True, False])
+def test_learner_with_the_coordinate_wise_network_solves_the_memory_probe(make_episode, rewarded):
+    learner = Reinforce(
+        small_layout(shared=1),
+        settings(
+            network="coordinate-wise",
+            hidden_size=8,
+            rollouts_per_instance=6,
+            policy_lr=0.03,
+            passes=4,
+        ),
+        seed=1,
+    )
+    assert isinstance(learner.policy.network, CoordinatewiseNetwork)
+    fit_probe(learner, memory if rewarded else nothing, make_episode, 25 if rewarded else 2)
+    solved = mean_return(learner, memory, make_episode)
+    assert solved > 0.95 if rewarded else solved < 0.7
+
+
+def test_update_leaves_the_value_head_of_the_coordinate_wise_network_alone(make_episode):
+    learner = Reinforce(small_layout(), settings(network="coordinate-wise"), seed=0)
+    before = copy.deepcopy(learner.policy.network.state_dict())
+    learner.update(uneven_batch(make_episode, small_layout(), 2), 0.1)
+    for name, tensor in learner.policy.network.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("critic"), name

@@ -8,7 +8,7 @@ import torch
 from agents import rollout
 from agents.baselines import Cosine, Static
 from agents.policy import RandomPolicy
-from agents.rollout import RolloutPool, run_controller, run_policy
+from agents.rollout import RolloutPool, WorkerPool, run_controller, run_policy
 from asg_env.config import ConfigError
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
@@ -236,3 +236,87 @@ def test_rollout_pool_tells_each_worker_how_many_share_the_device(make_settings,
 
     build, arguments = started[0]["initargs"]
     assert (build, arguments) == (LayerwiseLREnv, (TASK, settings, None, 3))
+
+
+# No workers: everything happens in this process
+
+
+class Counted:
+    """What a pool builds; counts how often."""
+
+    built: list[tuple] = []
+
+    def __init__(self, *arguments) -> None:
+        self.built.append(arguments)
+
+
+def process_and_arguments(built: Counted, job: int) -> tuple:
+    return os.getpid(), built.built[-1], job
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """No worker process can be started."""
+    monkeypatch.setattr(rollout, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(rollout, "multiprocessing", None)
+
+
+def test_worker_pool_without_workers_does_the_jobs_in_this_process_in_order(no_processes):
+    Counted.built = []
+    with WorkerPool(0, Counted, ("a", 1)) as pool:
+        assert isinstance(pool.here, Counted)
+        for jobs in ([(3,), (1,), (2,)], [(4,)], []):
+            results = list(pool.map(process_and_arguments, jobs))
+            assert results == [(os.getpid(), ("a", 1), job) for (job,) in jobs]
+    assert Counted.built == [("a", 1)]  # once, for all jobs
+
+
+def test_worker_pool_without_workers_leaves_the_thread_count_alone(no_processes):
+    threads = torch.get_num_threads()
+    with WorkerPool(0, Counted, ()) as pool:
+        list(pool.map(process_and_arguments, [(1,)]))
+    assert torch.get_num_threads() == threads
+
+
+def test_worker_pool_without_workers_raises_what_a_job_raises(no_processes):
+    with WorkerPool(0, Counted, ()) as pool:
+        results = pool.map(fail, [("as it was",)])  # jobs are done as results are asked for
+        with pytest.raises(ValueError, match="^as it was$"):
+            next(results)
+        assert list(pool.map(process_and_arguments, [(1,)]))  # and goes on
+
+
+def test_worker_pool_without_workers_says_at_once_why_it_could_not_be_built(
+    make_settings, no_processes
+):
+    with pytest.raises(ConfigError, match=r"^`outer_valid_size` must be <= 1000 for ASG/Digits-v0"):
+        RolloutPool(TASK, make_settings(outer_valid_size=1001), workers=0)
+
+
+def test_worker_pool_without_workers_hands_on_what_ends_it(no_processes):
+    with pytest.raises(KeyboardInterrupt), WorkerPool(0, Counted, ()):
+        raise KeyboardInterrupt
+
+
+def test_rollout_pool_without_workers_has_the_device_to_itself(make_settings, monkeypatch):
+    monkeypatch.setattr(rollout, "LayerwiseLREnv", Counted)
+    Counted.built = []
+    settings = make_settings()
+    RolloutPool(TASK, settings, workers=0)
+    assert Counted.built == [(TASK, settings, None, 1)]
+
+
+def test_rollout_pool_without_workers_gives_the_episodes_of_workers(pool, env, make_settings):
+    policy = RandomPolicy(env.action_space)
+    listed = published_test_instances(TASK, "unknown-scale")[:3]
+    jobs = [(policy, instance, seed, False) for seed, instance in enumerate(listed)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `train` does before it runs jobs here
+    try:
+        with RolloutPool(TASK, make_settings(), workers=0) as here:
+            for ours, theirs in zip(
+                here.map(run_policy, jobs), pool.map(run_policy, jobs), strict=True
+            ):
+                assert_same_episode(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)

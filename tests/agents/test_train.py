@@ -48,7 +48,7 @@ def whole(make_experiment, inline_pool, tmp_path_factory) -> RunFolder:
     """Four updates without an interruption, in this process."""
     run = start(tmp_path_factory.mktemp("whole") / "run", make_experiment(**FOUR))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("agents.reinforce.RolloutPool", inline_pool)
+        patch.setattr("agents.episodic.RolloutPool", inline_pool)
         train(run, lambda *_: None)
     return run
 
