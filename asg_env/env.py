@@ -381,9 +381,7 @@ def task_to_train(task_id: str, settings: EnvSettings) -> Task:
         ("reward", dict(settings.reward), s, "train_loss") for s in Reward(settings.reward).splits
     ]
     seen = settings.observation
-    observed = (
-        [("observation", seen, "inner_valid", "scaled")] if seen in NEED_INNER_VALID else []
-    )
+    observed = [("observation", seen, "inner_valid", "scaled")] if seen in NEED_INNER_VALID else []
     for setting, value, split, other in (*rewards, *observed):
         needs_labels = split != "old_task"
         if split not in splits or (needs_labels and splits[split].labels is None):
