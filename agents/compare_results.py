@@ -14,7 +14,7 @@ from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import numpy_generator
 
 SUMMARY_SEED = 0  # of resamples
-FEW_UNITS = 20  # below it a percentile interval covers too little
+FEW_UNITS = 20  # below it an interval covers less than its name says
 # Key of a row and heading in the Markdown.
 COLUMNS = (
     ("accuracy", "target {metric}"),
@@ -230,7 +230,7 @@ def table_csv(summary: Mapping[str, Any]) -> str:
 def _caption(about: Mapping[str, Any]) -> str:
     text = (
         f"{about['task']}: {about['seeds']} unseen instances, {about['test_images']} test images. "
-        "Interquartile means and, in brackets, 95 % percentile intervals over instances (of a "
+        "Interquartile means and, in brackets, 95 % intervals over instances (of a "
         "controller, training seeds too; of accuracy, test images too). What is in brackets behind "
         f"a name was chosen among candidates by {about['tune_on']} on {about['tuning_instances']} "
         "train instance(s); a rate beside a guidance weight is what the row that shares its rate "
