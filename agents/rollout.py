@@ -168,6 +168,8 @@ class WorkerPool:
 
     def __init__(self, workers: int, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.here: Any = None if workers else build(*arguments)
+        self._executor: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
         if not workers:
             return
         context = multiprocessing.get_context("forkserver")
@@ -178,12 +180,13 @@ class WorkerPool:
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield `function(what was built, *job)` for every job, in order."""
-        if self.here is not None:
+        if self._executor is None:
             return (function(self.here, *job) for job in jobs)
         return self._executor.map(_call, ((function, job) for job in jobs))
 
     def submit(self, function: Callable[..., Any], job: tuple[Any, ...]) -> Future[Any]:
-        """Start `function(what was built, *job)` in a worker."""
+        """Start `function(what was built, *job)` in a worker; there must be one."""
+        assert self._executor is not None
         return self._executor.submit(_call, (function, job))
 
     def __enter__(self) -> Self:
@@ -195,8 +198,12 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.here is None:
-            self._executor.shutdown(wait=kind is None, cancel_futures=True)
+        if self._executor is None:
+            return
+        self._executor.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:  # nobody waits for jobs that may take hours
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
 
 
 class RolloutPool(WorkerPool):

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from agents.benchmark import BenchmarkSettings
 from agents.cli import main
 from agents.comparison import RowSettings
+from agents.evolution import EvolutionSettings
 from agents.experiment import TrainSettings
 from agents.reinforce import ReinforceSettings
 from agents.rules import RULES
+from agents.sequence_ppo import SequencePPOSettings
 from asg_env.config import EnvSettings
 from asg_env.core.guidance import TERMS
 from asg_env.rewards import REWARD_TERMS
-from asg_env.task_settings import ImageFolderSettings, VisDA17Settings
+from asg_env.task_settings import DigitsSettings, ImageFolderSettings, VisDA17Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,8 +31,11 @@ def first_cells(page: str) -> set[str]:
 @pytest.mark.parametrize(
     ("page", "settings"),
     [
-        ("environment.md", EnvSettings),
+        ("environment.md", DigitsSettings),
         ("runs.md", ReinforceSettings),
+        ("algorithms.md", SequencePPOSettings),
+        ("algorithms.md", EvolutionSettings),
+        ("benchmark.md", BenchmarkSettings),
         ("runs.md", TrainSettings),
     ],
 )
