@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -88,6 +88,20 @@ class RecurrentPolicy:
         """Seed the generator of sampled actions."""
         self._generator = numpy_generator(seed, "actions")
 
+    def _step(self, row: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return probabilities (G, M) and the next state, of a row (D,) and its state (2, W).
+
+        Through the network's own `step`, if it has one that is faster than a pass.
+        """
+        step = getattr(self.network, "step", None)
+        if step is not None:
+            return cast(tuple[np.ndarray, np.ndarray], step(row, state))
+        with torch.inference_mode():
+            log_probs, after = self.network(
+                torch.from_numpy(row)[None, None], torch.from_numpy(state)[:, None]
+            )
+            return log_probs[0, 0].double().exp().numpy(), after[:, 0].numpy()
+
     def predict(
         self,
         observation: np.ndarray,
@@ -115,12 +129,9 @@ class RecurrentPolicy:
             state = state * ~np.asarray(episode_start, dtype=bool)[:, None, None]
         actions, states = [], []
         for row, row_state in zip(rows, state, strict=True):
-            with torch.inference_mode():
-                log_probs, after = self.network(
-                    torch.from_numpy(np.ascontiguousarray(row, np.float32))[None, None],
-                    torch.from_numpy(np.ascontiguousarray(row_state, np.float32))[:, None],
-                )
-            probabilities = log_probs[0, 0].double().exp().numpy()  # (G, M)
+            probabilities, after = self._step(
+                np.ascontiguousarray(row, np.float32), np.ascontiguousarray(row_state, np.float32)
+            )
             if deterministic:
                 actions.append(probabilities.argmax(axis=1))
             else:
@@ -128,7 +139,7 @@ class RecurrentPolicy:
                 cumulative = probabilities.cumsum(axis=1)
                 chosen = (cumulative < draws[:, None] * cumulative[:, -1:]).sum(axis=1)
                 actions.append(chosen)
-            states.append(after[:, 0].numpy())
+            states.append(after)
         action = np.stack(actions)
         return (action[0] if np.ndim(observation) == 1 else action), np.stack(states)
 

@@ -253,8 +253,8 @@ def test_strategy_does_not_solve_the_bandit_without_reward(make_episode):
 class Forgetful(CoordinatewiseNetwork):
     """The control: every step starts from zeros."""
 
-    def forward(self, observations, state):
-        return super().forward(observations, 0 * state)
+    def step(self, observation, state):
+        return super().step(observation, 0 * state)
 
 
 @pytest.mark.parametrize("remembers", [True, False])
