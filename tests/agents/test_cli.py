@@ -99,7 +99,7 @@ def schedule() -> LearnedSchedule:
         ("  horizon: 3\n", "  base_lr: .nan\n", "`env.base_lr` must be a finite number, got nan"),
         ("  horizon: 3\n", "  reward: speed\n", "`env.reward` must name a reward term"),
         (f"  id: {TASK}\n", "  id: ASG/None-v0\n", f"`env.id` must be one of {TASK}"),
-        ("  kind: reinforce\n", "  kind: magic\n", "`agent.kind` must be one of reinforce, ppo"),
+        ("  kind: reinforce\n", "  kind: magic\n", "`agent.kind` must be one of reinforce, sequence-ppo, es, ppo"),
         ("seed: 3\n", "seed: [3\n", "the text is not YAML in line"),
         ("seed: 3\n", "", ""),
     ],
@@ -140,7 +140,7 @@ def test_train_refuses_a_wrong_experiment_file(
         ("seed.a=1", "`seed` is no section"),
         ("env.horizon=true", "`env.horizon` must be an integer, got True"),
         ("agent.policy_lr=fast", "`agent.policy_lr` must be a number, got 'fast'"),
-        ("env.action=box", "`env.action` must be grid or relative for the agent reinforce"),
+        ("env.action=box", "`env.action` must be grid or relative for this agent"),
     ],
 )
 def test_train_refuses_a_malformed_set(fails, write, inline, tmp_path, setting, message):
