@@ -73,7 +73,7 @@ def export_schedule(
         instances=experiment.env.instances,
         base_lr_scale=scale,
         inner_steps=rollouts[0].inner_steps,
-        settings=experiment.env.model_dump(exclude_none=True),
+        settings=experiment.env.model_dump(mode="json", exclude_none=True),
         provenance={
             "config_digest": experiment.digest(),
             "training_seed": str(training_seed),

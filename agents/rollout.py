@@ -169,9 +169,9 @@ class WorkerPool:
     def __init__(self, workers: int, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.here: Any = None if workers else build(*arguments)
         self._executor: ProcessPoolExecutor | None = None
-        self._others = set(multiprocessing.active_children())
         if not workers:
             return
+        self._others = set(multiprocessing.active_children())
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["agents.rollout"])
         self._executor = ProcessPoolExecutor(

@@ -20,6 +20,7 @@ from agents.rollout import Episode
 from asg_env.config import EnvSettings, validate
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
+from asg_env.task_settings import settings_class
 
 TASK = "ASG/Digits-v0"
 TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "observation": "scaled"}
@@ -69,7 +70,7 @@ class InlinePool:
 @pytest.fixture(scope="session")
 def make_settings() -> Callable[..., EnvSettings]:
     def make(**changes: Any) -> EnvSettings:
-        return validate(EnvSettings, {**TINY_ENV, **changes}, "env")
+        return validate(settings_class(TASK), {**TINY_ENV, **changes}, "env")
 
     return make
 

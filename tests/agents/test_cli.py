@@ -99,7 +99,11 @@ def schedule() -> LearnedSchedule:
         ("  horizon: 3\n", "  base_lr: .nan\n", "`env.base_lr` must be a finite number, got nan"),
         ("  horizon: 3\n", "  reward: speed\n", "`env.reward` must name a reward term"),
         (f"  id: {TASK}\n", "  id: ASG/None-v0\n", f"`env.id` must be one of {TASK}"),
-        ("  kind: reinforce\n", "  kind: magic\n", "`agent.kind` must be one of reinforce, sequence-ppo, es, ppo"),
+        (
+            "  kind: reinforce\n",
+            "  kind: magic\n",
+            "`agent.kind` must be one of reinforce, sequence-ppo, es, ppo",
+        ),
         ("seed: 3\n", "seed: [3\n", "the text is not YAML in line"),
         ("seed: 3\n", "", ""),
     ],

@@ -431,9 +431,12 @@ def run(trained_run, tmp_path) -> Path:
 
 
 def change(run: Path, **sections) -> Path:
-    """Change values in a run's settings."""
+    """Change values in a run's settings; those of the digits go with another task."""
     path = run / "config.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if sections.get("env", {}).get("id", TASK) != TASK:
+        for name in ("classes", "width", "target"):
+            del values["env"][name]
     for name, section in sections.items():
         values[name].update(section)
     path.write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -6,9 +6,10 @@ from agents.export import export_schedule
 from agents.policy import RandomPolicy
 from agents.rollout import run_policy
 from agents.train import load_policies
-from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.config import ConfigError, validate
 from asg_env.instances import TRAIN_SEEDS
 from asg_env.schedule import LearnedSchedule
+from asg_env.task_settings import settings_class
 from asg_env.tasks import load_task
 
 TASK = "ASG/Digits-v0"
@@ -73,7 +74,7 @@ def test_export_records_what_the_multipliers_were_learned_with(trained_run, poli
     assert (schedule.lr_factor, schedule.inner_steps) == ("constant", 6)
     assert schedule.provenance["config_digest"] == trained_run.experiment.digest()
     assert schedule.provenance["torch"] == torch.__version__
-    assert validate(EnvSettings, schedule.settings, "") == env
+    assert validate(settings_class(TASK), schedule.settings, "") == env
 
 
 def test_export_repeats_exactly_and_survives_its_file(trained_run, policy, pool, tmp_path):
