@@ -180,10 +180,10 @@ def warnings(comparison: dict[str, Any], seeds: int) -> list[str]:
     if units < FEW_UNITS:
         said.append(
             f"n = {units} units (training seeds x instances): below {FEW_UNITS} an interval covers "
-            "less than its name says"
+            "less than its name says."
         )
     if seeds < FEW_SEEDS:
-        said.append(f"{seeds} training seed(s) say little about another training")
+        said.append(f"{seeds} training seed(s) say little about another training.")
     return said
 
 
