@@ -390,3 +390,38 @@ def test_suites_refuse_values_that_are_not_theirs(tmp_path):
     path = write_files(tmp_path / "files", {**SUITES, "scale": {"id": "ASG/None-v0"}})
     with pytest.raises(ConfigError, match=r"`id` must be one of ASG/Digits-v0"):
         load_benchmark(str(path))
+
+
+@pytest.mark.slow
+def test_a_coordinate_wise_controller_drives_a_network_of_more_layer_groups(tmp_path, asg, inline):
+    pytest.importorskip("timm")
+    larger = {"id": "ASG/DigitsImageNet-v0", "batch_size": 2, "outer_valid_size": 10}
+    kinds = {
+        "shared": {"network": "coordinate-wise"},
+        "own": {"network": "per-feature"},
+    }
+    common = {"kind": "reinforce", "instances_per_update": 1, "rollouts_per_instance": 2}
+    path = write_files(
+        tmp_path / "files",
+        {**SUITES, "still": {**SUITES["still"], **larger, "horizon": 1}},
+        agents={name: {"agent": {**common, **own}} for name, own in kinds.items()},
+        env={"observation": "normalised"},
+        baselines=["static-search"],
+        seeds=1,
+        test_instances=1,
+    )
+    out = tmp_path / "out"
+
+    assert asg("benchmark", path, "--out", out).status == 0
+
+    lines = [line for line in table(out) if line["tested_on"] == "still"]
+    assert [line["method"] for line in lines] == ["shared"]
+    refused = {
+        name: json.loads((out / "scale" / name / "seed-0" / "test-still.json").read_text())[
+            "refused"
+        ]
+        for name in ("shared", "own", "static-search")
+    }
+    assert refused["shared"] == ""
+    assert "is no whole checkpoint of this agent" in refused["own"]
+    assert refused["static-search"] == "a vector of 5 layer groups, still has 7"
