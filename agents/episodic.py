@@ -1,10 +1,11 @@
 """What agents that learn from whole episodes share: rollouts, batches, metrics, checkpoints."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from agents.coordinatewise import CoordinatewiseNetwork
+from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import RecurrentPolicy
 from agents.rollout import Episode, RolloutPool
 from asg_env.config import ConfigError, EnvSettings
@@ -155,24 +158,52 @@ def unpack(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-class Algorithm(Protocol):
-    """An update rule and the policy that it trains."""
+PolicyNetwork = LSTMPolicyNetwork | CoordinatewiseNetwork
 
-    policy: RecurrentPolicy
 
+class Algorithm(ABC):
+    """An update rule, and the policy that it trains with Adam.
+
+    Args:
+        network: Of the policy.
+        policy_lr: Of Adam.
+        eps: Of Adam.
+        trains_values: Whether the network's critic is trained too.
+    """
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        policy_lr: float,
+        eps: float = 1e-8,
+        trains_values: bool = False,
+    ) -> None:
+        self._network = network
+        self.policy = RecurrentPolicy(network)
+        self._parameters = [
+            parameter
+            for name, parameter in network.named_parameters()
+            if trains_values or not name.startswith("critic")
+        ]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=policy_lr, eps=eps)
+
+    @abstractmethod
     def train(
         self, pool: RolloutPool, task: str, instances: InstanceSet, start: int
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train from update `start` on; yield each finished update and its metrics."""
-        ...
+        """Train from update `start` on; yield each finished update and its metrics.
+
+        Every draw is derived from (seed, update, episode), so that an interrupted training goes
+        on as if it had not been interrupted.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next update depends on, as named tensors."""
-        ...
+        """Return network and optimizer as named tensors."""
+        return pack(self._network, self._optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of `state`."""
-        ...
+        unpack(tensors, self._network, self._optimizer)
 
 
 class EpisodicLearner:

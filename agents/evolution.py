@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.episodic import (
     CHECKPOINT,
+    Algorithm,
     EpisodicLearner,
     costs_of,
     draw_instances,
     load_policy,
     metrics_of,
-    pack,
-    unpack,
 )
 from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
@@ -76,19 +75,14 @@ def centred_ranks(returns: np.ndarray) -> np.ndarray:
     return np.asarray(ranks / (returns.shape[1] - 1) - 0.5)
 
 
-class EvolutionStrategy:
+class EvolutionStrategy(Algorithm):
     """The update rule, and the policy that it trains: the one without perturbation."""
 
     def __init__(self, layout: Layout, settings: EvolutionSettings, seed: int) -> None:
         self.settings, self._seed = settings, seed
-        self._network = CoordinatewiseNetwork(
-            layout, settings.hidden_size, torch_generator(seed, "policy")
-        )
-        self.policy = RecurrentPolicy(self._network)
-        self._parameters = [
-            p for name, p in self._network.named_parameters() if not name.startswith("critic")
-        ]
-        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.policy_lr)
+        generator = torch_generator(seed, "policy")
+        network = CoordinatewiseNetwork(layout, settings.hidden_size, generator)
+        super().__init__(network, settings.policy_lr)
 
     def perturbations(self, update: int) -> Tensor:
         """Draw the update's noise, shape (P / 2, N), for the positive half of each pair."""
@@ -136,14 +130,6 @@ class EvolutionStrategy:
             start += parameter.numel()
         self._optimizer.step()
         return {"entropy": 0.0, "grad_norm": float(gradient.norm())}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return network and optimizer as named tensors."""
-        return pack(self._network, self._optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of `state`."""
-        unpack(tensors, self._network, self._optimizer)
 
     def train(
         self, pool: RolloutPool, task: str, instances: InstanceSet, start: int

@@ -13,24 +13,24 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.episodic import (
     CHECKPOINT,
+    Algorithm,
     Batch,
     EpisodicLearner,
+    PolicyNetwork,
     clipped_credit,
     costs_of,
     draw_instances,
     load_policy,
     metrics_of,
-    pack,
     rollout_jobs,
-    unpack,
 )
 from agents.lstm_policy import LSTMPolicyNetwork
-from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
+from agents.recurrent_policy import Layout, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
 from asg_env.config import EnvSettings, Settings
 from asg_env.core.seeding import torch_generator
@@ -113,25 +113,21 @@ def advantages(episodes: Sequence[Episode], rollouts: int, discount: float) -> n
     return np.asarray(centred / (spread + 1e-8))
 
 
-class Reinforce:
+class Reinforce(Algorithm):
     """The update rule, and the policy that it trains."""
 
     def __init__(self, layout: Layout, settings: ReinforceSettings, seed: int) -> None:
         self.settings = settings
         self.seed = seed
         generator = torch_generator(seed, "policy")
-        self._network: nn.Module
+        network: PolicyNetwork
         if settings.network == "per-feature":
-            self._network = LSTMPolicyNetwork(
+            network = LSTMPolicyNetwork(
                 layout, settings.hidden_size, generator, settings.memoryless
             )
         else:
-            self._network = CoordinatewiseNetwork(layout, settings.hidden_size, generator)
-        self.policy = RecurrentPolicy(self._network)
-        self._parameters = [
-            p for name, p in self._network.named_parameters() if not name.startswith("critic")
-        ]
-        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.policy_lr)
+            network = CoordinatewiseNetwork(layout, settings.hidden_size, generator)
+        super().__init__(network, settings.policy_lr)
 
     def update(self, episodes: Sequence[Episode], entropy_weight: float) -> dict[str, float]:
         """Take the update's gradient steps on a batch of rollouts.
@@ -171,14 +167,6 @@ class Reinforce:
             self._optimizer.step()
             statistics = {"entropy": mean_entropy.item(), "grad_norm": norm.item()}
         return statistics
-
-    def state(self) -> dict[str, Tensor]:
-        """Return network and optimizer as named tensors."""
-        return pack(self._network, self._optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of `state`."""
-        unpack(tensors, self._network, self._optimizer)
 
     def train(
         self, pool: RolloutPool, task: str, instances: InstanceSet, start: int

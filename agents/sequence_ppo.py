@@ -6,7 +6,7 @@ and starts from the zero state: one pass of the LSTM over (T, episodes) replaces
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.episodic import (
     CHECKPOINT,
+    Algorithm,
     Batch,
     EpisodicLearner,
     clipped_credit,
@@ -23,11 +24,9 @@ from agents.episodic import (
     draw_instances,
     load_policy,
     metrics_of,
-    pack,
     rollout_jobs,
-    unpack,
 )
-from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
+from agents.recurrent_policy import Layout, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
 from asg_env.config import EnvSettings, Settings
 from asg_env.core.seeding import numpy_generator, torch_generator
@@ -97,17 +96,14 @@ def generalised_advantages(
     return result
 
 
-class SequencePPO:
+class SequencePPO(Algorithm):
     """The update rule, and the policy that it trains."""
 
     def __init__(self, layout: Layout, settings: SequencePPOSettings, seed: int) -> None:
         self.settings, self._seed = settings, seed
-        self._network = CoordinatewiseNetwork(
-            layout, settings.hidden_size, torch_generator(seed, "policy")
-        )
-        self.policy = RecurrentPolicy(self._network)
-        self._parameters = list(self._network.parameters())
-        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.policy_lr, eps=1e-5)
+        generator = torch_generator(seed, "policy")
+        network = CoordinatewiseNetwork(layout, settings.hidden_size, generator)
+        super().__init__(network, settings.policy_lr, eps=1e-5, trains_values=True)
 
     def update(self, episodes: Sequence[Episode], update: int) -> dict[str, float]:
         """Take the update's gradient steps on a batch of rollouts.
@@ -161,15 +157,8 @@ class SequencePPO:
 
     def _unroll(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         count = batch.running.shape[1]
-        return self._network.unroll(batch.observations, self._network.initial_state(count))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return network and optimizer as named tensors."""
-        return pack(self._network, self._optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of `state`."""
-        unpack(tensors, self._network, self._optimizer)
+        network = cast(CoordinatewiseNetwork, self._network)
+        return network.unroll(batch.observations, network.initial_state(count))
 
     def train(
         self, pool: RolloutPool, task: str, instances: InstanceSet, start: int
