@@ -3,7 +3,7 @@
     python -m benchmarks.tune_sb3 --kind ppo sac --out tuning.csv
     python -m benchmarks.tune_sb3 --out tuning.csv       # all nine; hours on two cores
 
-Every candidate trains one seed on `ASG/Digits-v0`, hidden scale unknown, observation `extended`.
+Every candidate trains one seed on `ASG/Digits-v0`, hidden scale unknown, observation `normalised`.
 Its score is the mean outer_valid accuracy that its greedy policy reaches on train instances drawn
 for the purpose; a diverged episode counts as 0. The first candidate of each agent is its defaults.
 Each candidate's seed and draws follow from --seed, the agent and its number, so that a longer
@@ -29,7 +29,7 @@ from asg_env.env import LayerwiseLREnv
 from asg_env.instances import draw_instance
 
 TASK = "ASG/Digits-v0"
-ENV = {"instances": "unknown-scale", "observation": "extended"}
+ENV = {"instances": "unknown-scale", "observation": "normalised"}
 KINDS = tuple(kind for kind, (module, _) in AGENTS.items() if module == "agents.sb3")
 FULL_EPISODES = 960  # of the trainings that the best settings are for
 COLUMNS = ("kind", "candidate", "score", "deviation", "diverged", "episodes", "seconds", "settings")
