@@ -13,10 +13,12 @@ from pydantic import Field, model_validator
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment, config_path, env_settings
 from agents.search import FIRST_RUNG
-from asg_env.config import ConfigError, EnvSettings, Settings, read_yaml, validate
-from asg_env.env import prepare_variants, task_of
+from asg_env.build import prepare_variants, task_of
+from asg_env.config import EnvSettings
 from asg_env.instances import TEST_INSTANCES, Instance, published_test_instances
 from asg_env.tasks import TASK_MODULES
+from asg_env.validation import ConfigError, Settings, validate
+from asg_env.yaml_files import read_yaml
 
 SEARCH, RANDOM = "static-search", "random"  # baselines beside the tuned rules
 # How an agent sees a suite and acts on it is its own choice; the problem is the suite's.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from agents.benchmark import Benchmark
-from agents.experiment import provenance, write_text
-from asg_env.config import ConfigError
+from agents.run_folder import provenance, write_text
+from asg_env.validation import ConfigError
 
 TABLE, MANIFEST = "table.csv", "manifest.json"
 COLUMNS = (

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from agents.benchmark_results import figures, ordered, signed, title, verdict, warnings
-from agents.experiment import write_text
 from agents.figures import save_figure
+from agents.run_folder import write_text
 
 
 def results_markdown(summary: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from agents.cli_options import (
 )
 from agents.cli_report import report_command
 from agents.evaluate import acts_greedily, compare, reads_real_labels
-from agents.experiment import RunFolder, load_experiment, write_text
+from agents.experiment import load_experiment
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
 from agents.import_policy import import_policy_command
@@ -37,13 +37,14 @@ from agents.prepare import prepare_command
 from agents.records import write_episodes
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
 from agents.rollout import RolloutPool
+from agents.run_folder import RunFolder, write_text
 from agents.summary import summarise
 from agents.train import estimate_minutes, load_policies, train
-from asg_env.config import ConfigError
 from asg_env.core.guidance import GuidanceError
 from asg_env.core.numerics import NotRepeatableError
 from asg_env.core.optimizers import OneRateError
 from asg_env.tasks.listing import DataError
+from asg_env.validation import ConfigError
 
 app = typer.Typer(
     rich_markup_mode=None,

@@ -21,7 +21,7 @@ from agents.executors import Outcome, run_in_pool, run_on_ray
 from agents.experiment import assign, assignment
 from agents.report import REPORT, write_report
 from agents.trials import is_done, start_run_folder
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 FAILURES = "failures.jsonl"
 Executor = Literal["pool", "ray"]

@@ -13,12 +13,15 @@ from agents.compare import Comparison, TrialRunner
 from agents.compare_figure import draw_comparison
 from agents.compare_results import markdown, summarise, table_csv
 from agents.comparison import ComparisonSettings, Plan
-from agents.experiment import config_path, env_settings, provenance, write_text
+from agents.experiment import config_path, env_settings
 from agents.rollout import WorkerPool
-from asg_env.config import ConfigError, EnvSettings, read_yaml, validate
-from asg_env.env import checked_task
+from agents.run_folder import provenance, write_text
+from asg_env.build import checked_task
+from asg_env.config import EnvSettings
 from asg_env.rewards import Reward
 from asg_env.tasks.task import Task
+from asg_env.validation import ConfigError, validate
+from asg_env.yaml_files import read_yaml
 
 SPLITS = ("outer_valid", "inner_valid")
 

@@ -25,20 +25,22 @@ from agents.cli_options import (
     progress_bar,
 )
 from agents.evaluate import acts_greedily
-from agents.experiment import RunFolder, env_settings, write_text
+from agents.experiment import env_settings
 from agents.fit import LiveController, ScheduleController, fit
 from agents.judgement import judge_network, retention_of
 from agents.policy import Policy
 from agents.rules import RULE_FAMILIES
-from asg_env.config import ConfigError, EnvSettings, validate
+from agents.run_folder import RunFolder, write_text
+from asg_env.build import build_trainer
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
-from asg_env.env import build_trainer
 from asg_env.instances import Instance
 from asg_env.observations import NEED_INNER_VALID
 from asg_env.schedule import LearnedSchedule
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
+from asg_env.validation import ConfigError, validate
 
 
 def fit_command(

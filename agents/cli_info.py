@@ -7,12 +7,14 @@ import torch
 import typer
 
 from agents.cli_options import Assignments, console
-from agents.experiment import env_settings, provenance
-from asg_env.config import ConfigError, EnvSettings
+from agents.experiment import env_settings
+from agents.run_folder import provenance
+from asg_env.build import checked_task, device_of
+from asg_env.config import EnvSettings
 from asg_env.core.data import HostImages, placement
-from asg_env.env import checked_task, device_of
 from asg_env.instances import VARIED, published_test_instances
 from asg_env.tasks import SUMMARIES
+from asg_env.validation import ConfigError
 
 
 def tasks_command() -> None:

@@ -15,12 +15,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from agents.experiment import MAX_WORKERS, RunFolder
+from agents.experiment import MAX_WORKERS
 from agents.policy import Policy
+from agents.run_folder import RunFolder
 from agents.train import load_policies
-from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import Instance
+from asg_env.validation import ConfigError
 
 # Paths and messages are printed as they are: [text] in them is no markup.
 console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)

@@ -7,7 +7,7 @@ import typer
 
 from agents.cli_options import console
 from agents.report import REPORT, write_report
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 
 def report_command(

@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 
 from agents.comparison import Method, Plan, Row, RowSettings, file_name
-from agents.experiment import write_text
 from agents.fit import fit
 from agents.judgement import judge_network
 from agents.rollout import WorkerPool
+from agents.run_folder import write_text
 from agents.search import train_instances
-from asg_env.config import ConfigError, EnvSettings
+from asg_env.build import build_trainer
+from asg_env.config import EnvSettings
 from asg_env.core.evaluation import Metric
 from asg_env.core.guidance import TERMS, GuidanceError
 from asg_env.core.optimizers import OneRateError
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
-from asg_env.env import build_trainer
 from asg_env.instances import Instance, published_test_instances
+from asg_env.validation import ConfigError
 
 COMPARISON_SEED = 0  # of the train instances that coefficients are tuned on
 Report = Callable[[str, int], None]  # (row, trainings done since the last report)

@@ -11,15 +11,16 @@ from pydantic import Field
 
 from agents.baselines import Controller
 from agents.evaluate import acts_greedily, reads_real_labels, reward_in_words
-from agents.experiment import RunFolder
 from agents.fit import LiveController
 from agents.policy import Policy
 from agents.rules import RULES
+from agents.run_folder import RunFolder
 from agents.train import load_policies
-from asg_env.config import ConfigError, EnvSettings, Settings, validate
+from asg_env.config import EnvSettings
 from asg_env.core.trainer import Trainer
 from asg_env.task_settings import settings_class
 from asg_env.user_code import absolute, is_user_code, load, text_of
+from asg_env.validation import ConfigError, Settings, validate
 
 Figure = Literal["accuracy", "retention", "hse_0", "hse_1", "hse_2"]
 CONTROLLER = "controller"  # name of the first run's row

@@ -17,9 +17,10 @@ from agents.coordinatewise import CoordinatewiseNetwork
 from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import RecurrentPolicy
 from agents.rollout import Episode, RolloutPool
-from asg_env.config import ConfigError, EnvSettings
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import Instance, InstanceSet, draw_instance
+from asg_env.validation import ConfigError
 
 
 @dataclass(frozen=True)

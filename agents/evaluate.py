@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from agents.baselines import FAMILIES, Controller, KnownScale, Static
-from agents.experiment import Experiment, RunFolder, read_provenance
+from agents.experiment import Experiment
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, WorkerPool, run_controller, run_policy
+from agents.run_folder import RunFolder, read_provenance
 from agents.search import (
     Scorer,
     SearchResult,
@@ -25,12 +26,12 @@ from agents.search import (
     tuning_instances,
 )
 from asg_env.actions import ACTIONS
-from asg_env.config import ConfigError
 from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
 from asg_env.rewards import Reward
+from asg_env.validation import ConfigError
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 CONTROLLER_ROWS = {False: "controller (sampled)", True: "controller (greedy)"}

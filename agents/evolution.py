@@ -26,9 +26,10 @@ from agents.episodic import (
 )
 from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
-from asg_env.config import EnvSettings, Settings
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import torch_generator
 from asg_env.instances import InstanceSet
+from asg_env.validation import Settings
 
 __all__ = ["CHECKPOINT", "EvolutionSettings", "Learner", "load_policy"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from agents.benchmark import Benchmark, Trial
 from agents.rollout import WorkerPool
 from agents.trials import run_trial
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 Outcome = tuple[Trial, BaseException | None]
 POLL = 1.0  # seconds between two looks at the progress of running trials

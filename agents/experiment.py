@@ -3,25 +3,23 @@
 import hashlib
 import json
 import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from pydantic import Field
 
 from agents.search import FIRST_RUNG
-from asg_env.config import ConfigError, EnvSettings, Settings, parse_yaml, read_yaml, validate
-from asg_env.env import prepare_variants, task_of
+from asg_env.build import prepare_variants, task_of
+from asg_env.config import EnvSettings
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
+from asg_env.validation import ConfigError, Settings, validate
+from asg_env.yaml_files import parse_yaml, read_yaml
 
 # `agent.kind` -> its module, imported when asked for, and in it the settings class. Each module
 # has `Learner`, `CHECKPOINT` and `load_policy`.
@@ -258,183 +256,3 @@ def config_path(folder: str, name: str) -> Path:
             "give one of these or the path of a YAML file"
         )
     return path
-
-
-class RunFolder:
-    """A run on disk: config.yaml, provenance.json, seed-K/, results and figures."""
-
-    def __init__(self, path: Path, experiment: Experiment) -> None:
-        self.path, self.experiment = path, experiment
-
-    @classmethod
-    def create(
-        cls, path: Path, experiment: Experiment, resume: bool, overwrite: bool
-    ) -> "RunFolder":
-        """Start a run folder, or go on with one.
-
-        Raises:
-            ConfigError: The folder holds a run already, or another one than is resumed, or
-                cannot be written.
-        """
-        config = path / "config.yaml"
-        if resume and overwrite:
-            raise ConfigError("--resume and --overwrite exclude each other; give one")
-        if config.exists() and not (resume or overwrite):
-            raise ConfigError(
-                f"{path} already holds a run; add --resume to go on with it, "
-                "--overwrite to start anew, or choose another --out"
-            )
-        if resume and not config.exists():
-            raise ConfigError(f"{path} holds no run to resume; leave --resume out to start one")
-        if not config.exists() and path.is_dir() and any(path.iterdir()):
-            raise ConfigError(f"{path} is not empty and holds no run; choose another --out")
-        if resume:
-            stored = cls.open(path).experiment
-            if stored.digest() != experiment.digest():
-                raise ConfigError(
-                    f"{path} holds a run of other settings; resume it with those, "
-                    "or choose another --out"
-                )
-            run = cls(path, experiment)
-            run._note_resumption()
-            return run
-        if config.exists() and not (path / "provenance.json").exists():
-            raise ConfigError(
-                f"{path} holds a config.yaml but no provenance.json, so it may be no run; "
-                "delete it yourself or choose another --out"
-            )
-        try:
-            if config.exists():
-                shutil.rmtree(path)
-            return cls.start(path, experiment)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); choose another --out"
-            ) from None
-
-    @classmethod
-    def start(cls, path: Path, experiment: Experiment) -> "RunFolder":
-        """Write what a run folder begins with."""
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
-        write_text(path / "config.yaml", yaml.safe_dump(experiment.to_dict(), sort_keys=False))
-        return cls(path, experiment)
-
-    @classmethod
-    def open(cls, path: Path) -> "RunFolder":
-        """Open an existing run.
-
-        Raises:
-            ConfigError: It is not a run folder.
-        """
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(
-                f"{path} is not a run folder (no config.yaml in it); "
-                "give the --out of an earlier `asg train`"
-            )
-        return cls(path, Experiment(read_yaml(path / "config.yaml")))
-
-    def _note_resumption(self) -> None:
-        """Add versions and commit to provenance.json where they are not those it started with.
-
-        Raises:
-            ConfigError: provenance.json is missing or damaged, or cannot be written.
-        """
-        path, now = self.path / "provenance.json", provenance()
-        started = read_provenance(self)
-        resumed = started.pop("resumed", [])
-        if now in (started, *resumed):
-            return
-        try:
-            self.write_json(path.name, {**started, "resumed": [*resumed, now]})
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); make the folder writable"
-            ) from None
-
-    def seed_folder(self, index: int) -> Path:
-        """Folder of one training seed."""
-        return self.path / f"seed-{index}"
-
-    def write_json(self, name: str, values: Any) -> None:
-        """Write a JSON file of the run."""
-        write_text(self.path / name, json.dumps(values, indent=2) + "\n")
-
-
-def read_provenance(run: RunFolder) -> dict[str, Any]:
-    """Return what provenance.json of a run holds.
-
-    Raises:
-        ConfigError: It is missing or damaged.
-    """
-    path = run.path / "provenance.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} is missing or no JSON mapping; restore it from a copy, or start anew "
-            "with --overwrite"
-        )
-    return values
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename: no reader ever sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that bits depend on; torch's with its build tag."""
-    names = (
-        "asg-env",
-        "gymnasium",
-        "numpy",
-        "stable-baselines3",
-        "sb3-contrib",
-        "mlxtend",
-        "timm",
-        "torchvision",
-        "matplotlib",
-        "pillow",
-    )
-    found = {"torch": str(torch.__version__)}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, commit and threads: what bits depend on."""
-    return {
-        "packages": versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "commit": _commit(),
-        "threads_per_process": 1,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _commit() -> str:
-    """Commit of the source tree, with `+changes` if it is modified; "" outside one."""
-    source = Path(__file__).parents[1]
-    if not (source / ".git").exists():  # an installed copy, perhaps inside somebody's repository
-        return ""
-
-    def git(*arguments: str) -> str:
-        answer = subprocess.run(
-            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True, timeout=10
-        )
-        return answer.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""

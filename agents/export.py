@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from agents.experiment import RunFolder, versions
 from agents.policy import Policy
 from agents.rollout import Episode, RolloutPool, run_policy
-from asg_env.config import ConfigError
+from agents.run_folder import RunFolder, versions
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import TRAIN_SEEDS, Instance
 from asg_env.schedule import LearnedSchedule
+from asg_env.validation import ConfigError
 
 EXPORT_SEED = 0
 EXPORT_EPISODES = 16

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from agents.cli_options import Assignments, Overwrite, console
-from agents.experiment import Experiment, RunFolder, load_experiment
+from agents.experiment import Experiment, load_experiment
+from agents.run_folder import RunFolder
 from asg_env.actions import GRIDS
-from asg_env.config import ConfigError
-from asg_env.env import task_to_train
+from asg_env.build import task_to_train
 from asg_env.observations import Observation
 from asg_env.tasks.listing import DataError
 from asg_env.tasks.weight_files import differences, read_state_dict
+from asg_env.validation import ConfigError
 
 # The decision process that the original's policy belongs to (docs/original.md, section 2).
 NEEDED = {"observation": "asg", "action": "grid", "grid": "linear"}

@@ -9,11 +9,11 @@ import typer
 
 from agents.cli_options import console, progress_bar
 from agents.experiment import MAX_WORKERS
-from asg_env.config import ConfigError
 from asg_env.tasks import image_folder, visda17
 from asg_env.tasks.listing import DataError, Listing
 from asg_env.tasks.preparation import prepare
 from asg_env.tasks.store import MANIFEST, image_bytes
+from asg_env.validation import ConfigError
 
 KINDS = {"visda17": 1, "imagefolder": 2}  # folders that each takes
 MAX_IMAGE_SIZE = 1024  # pixels; a chunk of 64 such images is 200 MB

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from agents.evaluate import Row, TestResult
-from agents.experiment import write_text
+from agents.run_folder import write_text
 
 EPISODES = "episodes.json"  # of a run folder, beside results.json
 RIVAL = "static search"  # the baseline whose episodes are kept beside the controller's

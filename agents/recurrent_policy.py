@@ -10,10 +10,11 @@ from gymnasium import spaces
 from torch import Tensor
 
 from asg_env.actions import ACTIONS, BoxAction, GridAction, RelativeAction
-from asg_env.config import ConfigError, EnvSettings
+from asg_env.build import task_of
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import numpy_generator
-from asg_env.env import task_of
 from asg_env.observations import Observation
+from asg_env.validation import ConfigError
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from agents.benchmark_table import MANIFEST
-from agents.experiment import write_text
 from agents.report_benchmark import benchmark_page
 from agents.report_page import render
 from agents.report_run import run_page
 from agents.report_svg import page_style
-from asg_env.config import ConfigError
+from agents.run_folder import write_text
+from asg_env.validation import ConfigError
 
 REPORT = "report.html"  # in the folder that it is about, unless asked otherwise
 

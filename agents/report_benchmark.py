@@ -19,7 +19,8 @@ from agents.report_page import (
     number,
 )
 from agents.trials import test_file
-from asg_env.config import ConfigError, read_yaml
+from asg_env.validation import ConfigError
+from asg_env.yaml_files import read_yaml
 
 KEYS = ("suites", "comparisons", "sample_efficiency", "episodes", "seeds", "test_instances")
 # Of a comparison, by the end of its file's name: title and caption.

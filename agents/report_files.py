@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.evaluate import read_metrics
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from agents.report_figures import draw_learning
 from agents.report_files import provenance_facts, read_json, read_training, whole
 from agents.report_page import Page, Picture, Section, Table, TableRow, difference, interval, number
 from agents.results import FEW_SEEDS, IN_WORDS, footnote
-from asg_env.config import ConfigError, read_yaml
+from asg_env.validation import ConfigError
+from asg_env.yaml_files import read_yaml
 
 CURVES = {  # of `metrics.jsonl`
     "return": "mean return",

@@ -12,10 +12,10 @@ from typing import Any
 
 from agents import baselines
 from agents.baselines import LEVELS, Controller
-from asg_env.config import ConfigError
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
 from asg_env.instances import Instance
+from asg_env.validation import ConfigError
 
 FLOOR = 0.001  # lowest multiplier that `Hypergradient` reaches
 

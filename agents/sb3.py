@@ -31,8 +31,9 @@ from agents.sb3_settings import (
     TQCSettings,
     TRPOSettings,
 )
-from asg_env.config import ConfigError, EnvSettings
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed
+from asg_env.validation import ConfigError
 
 try:
     from stable_baselines3.common.logger import Logger

@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from agents.sb3_settings import SB3Settings, TD3Settings
 from asg_env.actions import ACTIONS
+from asg_env.build import task_of
 from asg_env.config import EnvSettings
-from asg_env.env import task_of
 from asg_env.observations import Observation
 
 # `agent.kind` -> SB3's class and its name for the network.

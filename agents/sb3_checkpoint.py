@@ -24,7 +24,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from agents.sb3_algorithms import Statistics, frozen_normaliser
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 # Entries of ours; SB3 passes over them.
 PROGRESS = "asg-env.json"  # what is finished, in numbers

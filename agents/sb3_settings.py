@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from asg_env.config import ConfigError, EnvSettings, Settings
+from asg_env.config import EnvSettings
+from asg_env.validation import ConfigError, Settings
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

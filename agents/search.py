@@ -8,10 +8,10 @@ import numpy as np
 from agents.baselines import Controller, Static
 from agents.rollout import Episode, RolloutPool, run_controller
 from asg_env.actions import GRIDS, GridName
-from asg_env.config import ConfigError
 from asg_env.core.seeding import numpy_generator
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import SCALE_RANGE, Instance, InstanceSet, draw_instance
+from asg_env.validation import ConfigError
 
 KEPT = 3  # of so many candidates one goes on to the next rung
 FIRST_RUNG = 4  # train instances per candidate in the first rung

@@ -28,9 +28,10 @@ from agents.episodic import (
 )
 from agents.recurrent_policy import Layout, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
-from asg_env.config import EnvSettings, Settings
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import numpy_generator, torch_generator
 from asg_env.instances import InstanceSet
+from asg_env.validation import Settings
 
 __all__ = ["CHECKPOINT", "Learner", "SequencePPOSettings", "load_policy"]
 

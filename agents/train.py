@@ -9,11 +9,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.baselines import Static
-from agents.experiment import Experiment, RunFolder, write_text
+from agents.experiment import Experiment
 from agents.policy import Policy
 from agents.rollout import RolloutPool, run_controller
-from asg_env.config import ConfigError
+from agents.run_folder import RunFolder, write_text
 from asg_env.instances import Instance
+from asg_env.validation import ConfigError
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (seed index, update, metrics)
 

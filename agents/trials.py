@@ -18,17 +18,19 @@ from agents.evaluate import (
     read_metrics,
     reads_real_labels,
 )
-from agents.experiment import Experiment, RunFolder, provenance, write_text
+from agents.experiment import Experiment
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.records import episode_record
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
+from agents.run_folder import RunFolder, provenance, write_text
 from agents.search import Scorer, search_static, train_instances, tuning_instances
 from agents.train import train_seed
-from asg_env.config import ConfigError
+from asg_env.build import task_of
 from asg_env.core.seeding import derive_seed
-from asg_env.env import LayerwiseLREnv, task_of
+from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
+from asg_env.validation import ConfigError
 
 SEARCH_INSTANCES = 108  # train instances of the last rung of the static search
 SELECTION = "selection.json"

@@ -1,21 +1,11 @@
-"""Typed settings, and the only place that reads YAML."""
+"""The settings of the environment, typed."""
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from asg_env.actions import GRIDS, ActionName, GridName
 from asg_env.core.augmentation import AugmentationName
@@ -28,19 +18,10 @@ from asg_env.instances import VARIED, Instance, InstanceSet, InstanceSplit
 from asg_env.observations import ObservationName
 from asg_env.rewards import DEFAULT_REWARD, REWARD_TERMS
 from asg_env.user_code import absolute, is_user_code, load
+from asg_env.validation import Settings, validate
 from asg_env.windows import WindowMode, constant_windows, growing_windows
 
 DEFAULT_KL_WEIGHT = 0.1  # the original's, for VisDA-17
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; its message is one sentence for the person who typed it."""
-
-
-class Settings(BaseModel):
-    """Base of every settings model: unknown keys, coercion and non-finite numbers are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _named_weights(value: Any, known: tuple[str, ...], what: str) -> Any:
@@ -304,136 +285,3 @@ class EnvSettings(Settings):
         """The task's own settings: what `load_task` of the task takes."""
         own = [name for name in type(self).model_fields if name not in EnvSettings.model_fields]
         return {name: getattr(self, name) for name in own}
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Build a settings model, or say in one sentence what is wrong.
-
-    Args:
-        model: The settings class.
-        values: Field values, untrusted.
-        where: Prefix of field names in messages, such as `env`.
-
-    Raises:
-        ConfigError: The first problem, with field, value, bound and fix.
-    """
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, model, where)) from None
-    except OverflowError:
-        raise ConfigError(f"`{where}` holds an integer too large to use; lower it") from None
-    except TypeError as error:  # a key that is not a string
-        raise ConfigError(f"`{where}` must have text keys, got {list(values)}: {error}") from None
-
-
-def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
-    path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-    if any(isinstance(part, int) for part in problem["loc"]):  # an entry of a list
-        field = ".".join([where, *path] if where else path)
-    else:
-        field = ".".join([where, *path[:1]] if where else path[:1]) or where
-    got = repr(problem["input"])
-    context = problem.get("ctx", {})
-    fix = f"; set {field} to such a value"
-    match problem["type"]:
-        case "too_short":
-            return f"`{field}` must hold at least {context['min_length']} entry, got none{fix}"
-        case "extra_forbidden" if any(isinstance(part, int) for part in problem["loc"]):
-            return f"`{field}` is unknown; take it out"
-        case "extra_forbidden":
-            known = ", ".join(sorted(model.model_fields))
-            return f"`{field}` is unknown; known keys are {known}"
-        case "missing":
-            return f"`{field}` is missing; add it"
-        case "value_error":
-            message = str(context["error"])
-            prefix = f"`{field}` " if path else ""
-            return prefix + message + (fix if path else "")
-        case "greater_than_equal":
-            return f"`{field}` must be >= {context['ge']}, got {got}{fix}"
-        case "greater_than":
-            return f"`{field}` must be > {context['gt']}, got {got}{fix}"
-        case "less_than_equal":
-            return f"`{field}` must be <= {context['le']}, got {got}{fix}"
-        case "less_than":
-            return f"`{field}` must be < {context['lt']}, got {got}{fix}"
-        case "literal_error":
-            return f"`{field}` must be one of {context['expected']}, got {got}{fix}"
-        case "finite_number":
-            return f"`{field}` must be a finite number, got {got}{fix}"
-    expected = {
-        "int_type": "an integer",
-        "int_from_float": "an integer",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "text",
-        "dict_type": "a mapping",
-        "model_type": "a mapping",
-    }
-    wanted = expected.get(problem["type"], problem["msg"].lower())
-    return f"`{field}` must be {wanted}, got {got}{fix}"
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2 floats (`1e-3`) and without repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor`, which the safe loader resolves
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, Hashable):
-                raise ConfigError(f"the key in line {line} is a list or mapping; use text")
-            if key in seen:
-                raise ConfigError(f"`{key}` is repeated in line {line}; keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML text with the safe loader; `1e-3` is a number, repeated keys are refused.
-
-    Raises:
-        ConfigError: The text is not YAML, or a key is repeated.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where else ""
-        reason = str(getattr(error, "problem", error)).splitlines()[0]
-        raise ConfigError(f"the text is not YAML{line} ({reason}); mend it") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: The file is missing, unreadable, not YAML or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give a YAML file") from None
-    try:
-        values = parse_yaml(text)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-    return values

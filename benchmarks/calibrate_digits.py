@@ -15,10 +15,10 @@ import torch
 from agents.baselines import LEVELS, frozen_backbone, small_backbone, uniform
 from agents.judgement import test_network
 from asg_env.actions import GRIDS
+from asg_env.build import build_trainer
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import numpy_generator
 from asg_env.core.trainer import Trainer
-from asg_env.env import build_trainer
 
 TASK = "ASG/Digits-v0"
 FIRST_SEED, FIRST_SEARCH_SEED = 1000, 2000

@@ -16,8 +16,9 @@ import torch
 
 from agents.baselines import uniform
 from agents.rollout import RolloutPool, run_controller
+from asg_env.build import build_trainer
 from asg_env.config import EnvSettings
-from asg_env.env import LayerwiseLREnv, build_trainer
+from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
 from benchmarks.inner_step import MULTIPLIER, TASK, BareLoop
 from benchmarks.timing import interleave, write_json

@@ -16,9 +16,9 @@ from scipy import stats
 from agents.baselines import uniform
 from agents.evaluate import TestResult, judge_controller
 from agents.rollout import RolloutPool
-from asg_env.config import validate
 from asg_env.instances import Instance
 from asg_env.task_settings import settings_class
+from asg_env.validation import validate
 from benchmarks.timing import write_json
 
 TASK = "ASG/DigitsImageNet-v0"

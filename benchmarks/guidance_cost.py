@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from agents.experiment import env_settings
+from asg_env.build import build_trainer
 from asg_env.core.guidance import TERMS
 from asg_env.core.trainer import Trainer
-from asg_env.env import build_trainer
 from benchmarks.timing import interleave, write_json
 
 MULTIPLIER = 0.01

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from asg_env.build import build_trainer
 from asg_env.config import EnvSettings
 from asg_env.core.layer_groups import build_param_groups
 from asg_env.core.trainer import Trainer
-from asg_env.env import build_trainer
 from benchmarks.timing import interleave, write_json
 
 TASK = "ASG/Digits-v0"

@@ -33,12 +33,12 @@ def train(folder: Path, per_class: int, steps: int) -> None:
     """Prepare a store and train on it; print its size and this process's memory."""
     import torch
 
-    from asg_env.config import validate
-    from asg_env.env import build_trainer
+    from asg_env.build import build_trainer
     from asg_env.task_settings import ImageFolderSettings
     from asg_env.tasks import image_folder
     from asg_env.tasks.miniature import write_class_folders
     from asg_env.tasks.preparation import prepare
+    from asg_env.validation import validate
 
     torch.set_num_threads(1)
     write_class_folders(folder / "source", folder / "target", per_class, seed=0)

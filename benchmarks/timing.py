@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from agents.experiment import provenance, write_text
+from agents.run_folder import provenance, write_text
 
 _END = object()  # of a generator
 

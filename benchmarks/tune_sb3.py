@@ -23,10 +23,10 @@ import numpy as np
 
 from agents.experiment import AGENTS, Experiment
 from agents.rollout import WorkerPool, run_policy
-from asg_env.config import ConfigError
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import draw_instance
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 ENV = {"instances": "unknown-scale", "observation": "normalised"}

@@ -24,7 +24,7 @@ ALLOWED_WITHIN = {
 }
 # Packages that only these modules, and those whose names go on with `_`, may import.
 ONLY_IN = {
-    "yaml": {"asg_env.config", "agents.experiment"},
+    "yaml": {"asg_env.yaml_files", "agents.run_folder"},
     "stable_baselines3": {"agents.sb3", "benchmarks.sequence_ppo"},
     "sb3_contrib": {"agents.sb3", "benchmarks.sequence_ppo"},
 }
@@ -127,7 +127,7 @@ def test_checker_catches_a_reverse_arrow(module, source):
         ("asg_env.tasks.digits", "from asg_env.core import data\nfrom pathlib import Path"),
         ("asg_env.tasks.digits", "from asg_env.tasks.task import Task"),
         ("asg_env.env", "from asg_env.tasks import load_task\nimport gymnasium"),
-        ("asg_env.config", "import yaml"),
+        ("asg_env.yaml_files", "import yaml"),
         ("agents.sb3", "from stable_baselines3 import PPO"),
         ("agents.train", "from asg_env import LayerwiseLREnv\nimport agentstvo"),
         ("benchmarks.timing", "from agents.train import train"),

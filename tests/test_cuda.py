@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from asg_env.config import validate
+from asg_env.build import build_trainer
 from asg_env.core.data import HostImages
-from asg_env.env import LayerwiseLREnv, build_trainer
+from asg_env.env import LayerwiseLREnv
 from asg_env.task_settings import ImageFolderSettings, VisDA17Settings
 from asg_env.tasks.image_folder import list_images
+from asg_env.validation import validate
 from benchmarks import cuda
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

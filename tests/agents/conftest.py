@@ -15,12 +15,14 @@ import agents.episodic
 import agents.train
 from agents.compare import Comparison, TrialRunner
 from agents.comparison import ComparisonSettings, Plan
-from agents.experiment import Experiment, RunFolder
+from agents.experiment import Experiment
 from agents.rollout import Episode
-from asg_env.config import EnvSettings, validate
+from agents.run_folder import RunFolder
+from asg_env.config import EnvSettings
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
 from asg_env.task_settings import settings_class
+from asg_env.validation import validate
 
 TASK = "ASG/Digits-v0"
 TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "observation": "scaled"}

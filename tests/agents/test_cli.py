@@ -14,13 +14,14 @@ import agents.cli
 import agents.cli_fit
 import agents.cli_info
 from agents.baselines import FAMILIES
-from agents.experiment import Experiment, RunFolder
+from agents.experiment import Experiment
 from agents.recurrent_policy import RecurrentPolicy
+from agents.run_folder import RunFolder
 from agents.train import train
-from asg_env.config import ConfigError
 from asg_env.core.numerics import NotRepeatableError
 from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import TASK_MODULES, load_task
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 

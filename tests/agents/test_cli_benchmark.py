@@ -13,9 +13,9 @@ import agents.cli_benchmark
 from agents import executors, trials
 from agents.benchmark import Trial, load_benchmark
 from agents.benchmark_table import COLUMNS
-from agents.experiment import RunFolder
+from agents.run_folder import RunFolder
 from agents.train import load_policies
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 SUITES = {
     "scale": {"id": "ASG/Digits-v0", "instances": "unknown-scale"},

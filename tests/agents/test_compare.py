@@ -12,19 +12,19 @@ from agents.baselines import small_backbone, uniform
 from agents.compare import COMPARISON_SEED, TrialRunner, train_once, tuning_trial
 from agents.compare import test_trial as run_test_trial  # not a test of its own
 from agents.comparison import CONTROLLER, Method
-from agents.experiment import RunFolder
 from agents.fit import LiveController, fit
 from agents.judgement import judge_network
 from agents.rollout import WorkerPool
 from agents.rules import LEVELS, PilotSearch
+from agents.run_folder import RunFolder
 from agents.search import train_instances
 from agents.train import load_policies
-from asg_env.config import ConfigError
+from asg_env.build import build_trainer
 from asg_env.core.guidance import TERMS, Weighted
 from asg_env.core.optimizers import OneRateError
 from asg_env.core.seeding import derive_seed
-from asg_env.env import build_trainer
 from asg_env.instances import published_test_instances
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 TESTED = published_test_instances(TASK, "fixed")[:2]

@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from agents.baselines import uniform
 from agents.comparison import CONTROLLER, ComparisonSettings, Plan
-from agents.experiment import RunFolder, config_path
+from agents.experiment import config_path
 from agents.fit import LiveController
 from agents.recurrent_policy import RecurrentPolicy
 from agents.rules import RULES
-from asg_env.config import ConfigError, read_yaml, validate
+from agents.run_folder import RunFolder
 from asg_env.core.guidance import TERMS
 from asg_env.task_settings import settings_class
+from asg_env.validation import ConfigError, validate
+from asg_env.yaml_files import read_yaml
 
 TASK = "ASG/Digits-v0"
 SHARING = {"name": "sharing", "share_rate": True, "tune": {"rate": [0.3, 0.1]}}

@@ -21,9 +21,9 @@ from agents.episodic import (
     unpack,
 )
 from agents.rollout import RolloutPool
-from asg_env.config import ConfigError, validate
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import draw_instance
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 # Each agent at its smallest: module, settings class, settings.

@@ -20,16 +20,16 @@ from agents.evaluate import (
     judge_controller,
     judge_policy,
 )
-from agents.experiment import RunFolder
 from agents.policy import RandomPolicy
 from agents.results import results_markdown
 from agents.rollout import run_controller, run_policy
+from agents.run_folder import RunFolder
 from agents.statistics import interquartile_mean
 from agents.summary import summarise
 from agents.train import load_policies, train
-from asg_env.config import ConfigError
 from asg_env.instances import published_test_instances
 from asg_env.rewards import REWARD_TERMS
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 SOURCES = [

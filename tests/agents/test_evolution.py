@@ -11,9 +11,9 @@ from agents.coordinatewise import CoordinatewiseNetwork
 from agents.evolution import EvolutionSettings, EvolutionStrategy, centred_ranks
 from agents.recurrent_policy import Layout
 from agents.rollout import run_policy
-from asg_env.config import ConfigError, validate
 from asg_env.core.seeding import torch_generator
 from asg_env.instances import draw_instance
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 

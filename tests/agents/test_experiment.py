@@ -5,8 +5,10 @@ import pytest
 import torch
 import yaml
 
-from agents.experiment import Experiment, RunFolder, load_experiment, provenance, write_text
-from asg_env.config import ConfigError, EnvSettings
+from agents.experiment import Experiment, load_experiment
+from agents.run_folder import RunFolder, provenance, write_text
+from asg_env.config import EnvSettings
+from asg_env.validation import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "experiment"
 
@@ -263,7 +265,7 @@ def test_run_folder_notes_when_it_is_resumed_by_other_versions(
     RunFolder.create(tmp_path / "run", make_experiment(), True, False)
     assert record() == started
     newer = {**started, "packages": {**started["packages"], "torch": "99.0"}}
-    monkeypatch.setattr("agents.experiment.provenance", lambda: newer)
+    monkeypatch.setattr("agents.run_folder.provenance", lambda: newer)
     for _ in range(2):  # noted once
         RunFolder.create(tmp_path / "run", make_experiment(), True, False)
         assert record() == {**started, "resumed": [newer]}

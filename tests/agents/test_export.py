@@ -6,11 +6,11 @@ from agents.export import export_schedule
 from agents.policy import RandomPolicy
 from agents.rollout import run_policy
 from agents.train import load_policies
-from asg_env.config import ConfigError, validate
 from asg_env.instances import TRAIN_SEEDS
 from asg_env.schedule import LearnedSchedule
 from asg_env.task_settings import settings_class
 from asg_env.tasks import load_task
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import agents.reinforce
-from agents.experiment import RunFolder
 from agents.import_policy import PolicyShape, read_policy
 from agents.reinforce import Learner, Reinforce
+from agents.run_folder import RunFolder
 from agents.train import load_policies
-from asg_env.config import ConfigError, read_yaml, validate
 from asg_env.task_settings import VisDA17Settings
 from asg_env.tasks.miniature import write_visda_tree
+from asg_env.validation import ConfigError, validate
+from asg_env.yaml_files import read_yaml
 
 TASK = "ASG/Digits-v0"
 GROUPS = 5  # of the digits

@@ -6,8 +6,8 @@ import torch
 
 from agents import judgement
 from agents.judgement import judge_network
+from asg_env.build import build_trainer
 from asg_env.core.metrics import expected_calibration_error, hyperspherical_energies
-from asg_env.env import build_trainer
 
 TASK = "ASG/Digits-v0"
 CLASSES = 5

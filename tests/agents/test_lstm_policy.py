@@ -7,8 +7,8 @@ import torch
 from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from asg_env.actions import BoxAction, GridAction, RelativeAction
-from asg_env.config import ConfigError
 from asg_env.observations import Observation
+from asg_env.validation import ConfigError
 
 GROUPS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc_new")
 TASK = "ASG/Digits-v0"

@@ -9,7 +9,7 @@ import torch
 from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import Layout, RecurrentPolicy
 from agents.reinforce import Reinforce, ReinforceSettings, advantages
-from asg_env.config import validate
+from asg_env.validation import validate
 
 LAYOUT = Layout((0, 1), ((2,), (3,)), 3)
 

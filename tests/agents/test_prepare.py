@@ -8,10 +8,10 @@ from rich.console import Console
 import agents.cli_options
 import agents.prepare
 from agents.prepare import prepare_command
-from asg_env.config import ConfigError
 from asg_env.tasks import preparation
 from asg_env.tasks.miniature import write_class_folders, write_visda_tree
 from asg_env.tasks.store import Store
+from asg_env.validation import ConfigError
 
 
 @pytest.fixture

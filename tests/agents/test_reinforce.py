@@ -18,7 +18,7 @@ from agents.reinforce import (
     load_policy,
     returns_to_go,
 )
-from asg_env.config import ConfigError, validate
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 

@@ -19,7 +19,7 @@ from agents.report_controllers import split_by_kind
 from agents.report_figures import behaviour, common_limits, draw_behaviour, draw_learning
 from agents.report_page import Names, number
 from agents.report_svg import inline_svg, page_style
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 GROUPS = ["conv1", "conv2", "conv3", "conv4", "head"]

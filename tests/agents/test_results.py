@@ -1,9 +1,9 @@
 import pytest
 
 from agents.evaluate import Evaluation
-from agents.experiment import RunFolder
 from agents.policy import RandomPolicy
 from agents.results import episodes_of_comparison
+from agents.run_folder import RunFolder
 from agents.train import load_policies, train
 
 

@@ -9,9 +9,9 @@ from agents import rollout
 from agents.baselines import Cosine, Static
 from agents.policy import RandomPolicy
 from agents.rollout import RolloutPool, WorkerPool, run_controller, run_policy
-from asg_env.config import ConfigError
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 FIELDS = ("observations", "actions", "rewards", "multipliers", "progress", "ce", "kl", "accuracy")

@@ -16,10 +16,11 @@ from agents.rules import (
     Hypergradient,
     PilotSearch,
 )
-from asg_env.config import ConfigError, EnvSettings
+from asg_env.build import build_trainer
+from asg_env.config import EnvSettings
 from asg_env.core.telemetry import Telemetry
-from asg_env.env import build_trainer
 from asg_env.instances import Instance
+from asg_env.validation import ConfigError
 
 INSTANCE = Instance("ASG/Digits-v0", 3, 4)
 NAN = (math.nan,) * 3

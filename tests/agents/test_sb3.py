@@ -19,7 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents import experiment, sb3
 from agents.sb3 import CHECKPOINT, Learner, load_normaliser, load_policy, spaces_of
 from agents.sb3_settings import SB3Settings
-from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.config import EnvSettings
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 RELATIVE = EnvSettings(horizon=3, observation="scaled")

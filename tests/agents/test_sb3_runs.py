@@ -12,13 +12,14 @@ import torch
 from stable_baselines3 import PPO
 
 import asg_env  # noqa: F401 - registers the environments
-from agents.experiment import Experiment, RunFolder
+from agents.experiment import Experiment
 from agents.rollout import Episode, RolloutPool, run_policy
+from agents.run_folder import RunFolder
 from agents.sb3 import CHECKPOINT, Learner, load_policy, spaces_of
 from agents.train import load_policies, train
-from asg_env.config import ConfigError
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import TRAIN_SEEDS, published_test_instances
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 TINY_ENV = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "observation": "scaled"}

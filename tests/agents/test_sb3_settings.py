@@ -12,7 +12,9 @@ from agents import sb3, sb3_settings
 from agents.experiment import AGENTS, Experiment, load_experiment
 from agents.sb3_algorithms import ALGORITHMS, build_model, spaces_of
 from agents.sb3_settings import PPOSettings, SB3Settings
-from asg_env.config import ConfigError, EnvSettings, read_yaml, validate
+from asg_env.config import EnvSettings
+from asg_env.validation import ConfigError, validate
+from asg_env.yaml_files import read_yaml
 
 TASK = "ASG/Digits-v0"
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from agents.search import (
     train_instances,
 )
 from asg_env.actions import GRIDS
-from asg_env.config import ConfigError
 from asg_env.instances import TRAIN_SEEDS, published_test_instances
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 IDEAL = (0.0, 0.03, 0.1, 0.3, 1.0)

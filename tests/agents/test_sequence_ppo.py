@@ -9,8 +9,8 @@ from agents.coordinatewise import CoordinatewiseNetwork
 from agents.episodic import Batch
 from agents.recurrent_policy import Layout
 from agents.sequence_ppo import SequencePPO, SequencePPOSettings, generalised_advantages
-from asg_env.config import ConfigError, validate
 from asg_env.core.seeding import numpy_generator
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/Digits-v0"
 

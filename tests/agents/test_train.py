@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from agents.evaluate import read_metrics
-from agents.experiment import RunFolder
+from agents.run_folder import RunFolder
 from agents.train import estimate_minutes, load_policies, train
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 FOUR = {"agent": {"updates": 4}}
 
@@ -165,7 +165,7 @@ def test_train_does_nothing_when_it_is_finished(make_experiment, no_workers, tra
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from agents.experiment import RunFolder
+from agents.run_folder import RunFolder
 from agents.train import train
 
 if __name__ == "__main__":
@@ -241,7 +241,7 @@ def test_experiment_check_refuses_what_fits_neither_task_nor_agent(make_experime
 
 
 def test_experiment_check_puts_nothing_on_the_device(make_experiment, monkeypatch):
-    monkeypatch.setattr("asg_env.env.Trainer", lambda *_: pytest.fail("it built a trainer"))
+    monkeypatch.setattr("asg_env.build.Trainer", lambda *_: pytest.fail("it built a trainer"))
     make_experiment().check()
     with pytest.raises(ConfigError, match="`device` must be a torch device of this machine, got"):
         make_experiment(env={"device": "abacus"}).check()

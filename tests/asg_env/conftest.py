@@ -7,11 +7,11 @@ import torch
 from gymnasium.utils.env_checker import data_equivalence
 from torch import nn
 
+from asg_env.build import build_trainer
 from asg_env.config import EnvSettings
 from asg_env.core.data import Split
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.trainer import Trainer, TrainerSettings
-from asg_env.env import build_trainer
 
 DIGITS = "ASG/Digits-v0"
 TINY = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50}

@@ -3,7 +3,9 @@ import re
 
 import pytest
 
-from asg_env.config import ConfigError, EnvSettings, parse_yaml, read_yaml, validate
+from asg_env.config import EnvSettings
+from asg_env.validation import ConfigError, validate
+from asg_env.yaml_files import parse_yaml, read_yaml
 
 
 def settings(**values):

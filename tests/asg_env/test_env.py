@@ -10,11 +10,11 @@ import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
-from asg_env.config import ConfigError
 from asg_env.core.optimizers import lr_factor
 from asg_env.env import make_env as entry_point
 from asg_env.instances import Instance, published_test_instances
 from asg_env.rewards import REWARD_TERMS
+from asg_env.validation import ConfigError
 
 DIGITS = "ASG/Digits-v0"
 ACTIONS = ("grid", "relative", "box")

@@ -1,7 +1,7 @@
 import pytest
 
 from asg_env import env_creator
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 
 DIGITS = "ASG/Digits-v0"
 

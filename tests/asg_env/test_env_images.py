@@ -9,10 +9,11 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equal
 
-from asg_env.config import ConfigError, validate
-from asg_env.env import LayerwiseLREnv, build_trainer
+from asg_env.build import build_trainer
+from asg_env.env import LayerwiseLREnv
 from asg_env.task_settings import settings_class
 from asg_env.tasks.listing import DataError
+from asg_env.validation import ConfigError, validate
 
 VISDA, FOLDERS = "ASG/VisDA17-v0", "ASG/ImageFolder-v0"
 TINY = {

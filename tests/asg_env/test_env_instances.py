@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from asg_env.config import ConfigError
-from asg_env.env import prepare_variants
+from asg_env.build import prepare_variants
 from asg_env.instances import Instance, draw_instance, published_test_instances, variants
 from asg_env.task_settings import DigitsSettings
 from asg_env.tasks import digits
+from asg_env.validation import ConfigError
 
 DIGITS = "ASG/Digits-v0"
 OWN = {
@@ -170,8 +170,8 @@ def test_classes_may_come_in_any_order(make_env):
 
 
 def test_other_tasks_have_no_such_sets():
-    from asg_env.config import validate
     from asg_env.task_settings import settings_class
+    from asg_env.validation import validate
 
     with pytest.raises(ConfigError, match=r"`instances` must be fixed or unknown-scale on this"):
         validate(settings_class("ASG/DigitsImageNet-v0"), {"instances": "mixed"}, "env")

@@ -1,8 +1,9 @@
 import pytest
 
-from asg_env.config import ConfigError, EnvSettings, validate
+from asg_env.config import EnvSettings
 from asg_env.task_settings import TASK_SETTINGS, settings_class
 from asg_env.tasks import TASK_MODULES
+from asg_env.validation import ConfigError, validate
 
 DIGITS, IMAGENET = "ASG/Digits-v0", "ASG/DigitsImageNet-v0"
 VISDA, FOLDERS = "ASG/VisDA17-v0", "ASG/ImageFolder-v0"

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from agents.experiment import Experiment
-from asg_env.config import ConfigError
+from asg_env.validation import ConfigError
 from benchmarks import tune_sb3
 
 

