@@ -20,8 +20,9 @@ from agents.benchmark_statistics import (
     sample_efficiency,
 )
 from agents.benchmark_table import version_of
-from agents.evaluate import EVALUATION_SEED, read_metrics
+from agents.evaluate import EVALUATION_SEED
 from agents.results import FEW_SEEDS
+from agents.run_folder import read_metrics
 from agents.trials import SELECTION
 from asg_env.core.seeding import numpy_generator
 

@@ -16,10 +16,10 @@ from agents.benchmark_results import summarise_benchmark, title, verdict, warnin
 from agents.benchmark_table import MANIFEST, open_table, read_results, write_table
 from agents.benchmark_tables import terminal_table, write_results
 from agents.cli_options import Assignments, Workers, console, make_folder, progress_bar
-from agents.evaluate import read_metrics
 from agents.executors import Outcome, run_in_pool, run_on_ray
 from agents.experiment import assign, assignment
 from agents.report import REPORT, write_report
+from agents.run_folder import read_metrics
 from agents.trials import is_done, start_run_folder
 from asg_env.validation import ConfigError
 

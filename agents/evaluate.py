@@ -7,7 +7,6 @@ image is looked at.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,20 @@ from agents.experiment import Experiment
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.rollout import Episode, RolloutPool, WorkerPool, run_controller, run_policy
-from agents.run_folder import RunFolder, read_provenance
+from agents.run_folder import RunFolder, is_imported, training_cost
 from agents.search import (
     Scorer,
     SearchResult,
     search_static,
     train_instances,
+    tune,
     tuning_instances,
 )
 from asg_env.actions import ACTIONS
 from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
-from asg_env.instances import Instance, published_test_instances
+from asg_env.instances import Instance, InstanceSet, published_test_instances
 from asg_env.rewards import Reward
 from asg_env.validation import ConfigError
 
@@ -127,7 +127,7 @@ class Evaluation:
         """
         experiment = self._experiment
         listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
-        spent = training_cost(self._run)
+        spent = training_cost(self._run.seed_folder(0))
         modes, choosing = self._better_first(policies)
         spent = {key: spent[key] + choosing.get(key, 0) for key in spent}
         rows = [
@@ -154,23 +154,9 @@ class Evaluation:
         if not reads_real_labels(experiment):
             return ((False, True) if is_imported(self._run) else (True, False)), {}
         self._report("greedy or sampled actions, on train instances")
-        greedy, episodes = choose_mode(self._pool, policies, self._tuning_instances(MODE_INSTANCES))
-        cost = {
-            "episodes": len(episodes) // len(policies),
-            "inner_steps": sum(e.inner_steps for e in episodes) // len(policies),
-            "validation_images": sum(e.validation_images for e in episodes) // len(policies),
-        }
+        listed = tuning_set(experiment.task, experiment.env.instances, MODE_INSTANCES)
+        greedy, cost = choose_mode(self._pool, policies, listed)
         return ((True, False) if greedy else (False, True)), cost
-
-    def _tuning_instances(self, count: int) -> list[Instance]:
-        """Train instances on which everything that is tuned is chosen."""
-        experiment = self._experiment
-        return tuning_instances(
-            experiment.task,
-            experiment.env.instances,
-            derive_seed(EVALUATION_SEED, "tuning"),
-            count,
-        )
 
     def row_beside(self, policies: Sequence[Policy], greedy: bool, count: int) -> Row:
         """Judge this run's controller for the table of another run."""
@@ -179,7 +165,9 @@ class Evaluation:
         mode = "greedy" if greedy else "sampled"
         name = f"{self._run.path.name} ({experiment.agent.kind}, {mode})"
         setting = "reward " + reward_in_words(experiment)
-        return self._policy_row(name, policies, listed, greedy, training_cost(self._run), setting)
+        return self._policy_row(
+            name, policies, listed, greedy, training_cost(self._run.seed_folder(0)), setting
+        )
 
     def _policy_row(
         self,
@@ -233,10 +221,10 @@ class Evaluation:
     ) -> Row:
         """Choose a family's candidate on train instances, then test that one."""
         self._report(family)
-        tuning = self._tuning_instances(self._experiment.train.tuning_instances)
-        scorer = Scorer(self._pool, tuning)
-        scores = scorer.score(candidates, len(tuning))
-        best = max(scores, key=lambda name: scores[name])
+        experiment = self._experiment
+        count = experiment.train.tuning_instances
+        tuning = tuning_set(experiment.task, experiment.env.instances, count)
+        best, scorer = tune(self._pool, candidates, tuning)
         return self._controller_row(family, best, [candidates[best]], listed, scorer)
 
     def _search_rows(self, listed: Sequence[Instance]) -> list[Row]:
@@ -293,9 +281,14 @@ class Evaluation:
         return result
 
 
+def tuning_set(task: str, instances: InstanceSet, count: int) -> list[Instance]:
+    """Return the train instances on which everything that is tuned is chosen."""
+    return tuning_instances(task, instances, derive_seed(EVALUATION_SEED, "tuning"), count)
+
+
 def choose_mode(
     pool: WorkerPool, policies: Sequence[Policy], listed: Sequence[Instance]
-) -> tuple[bool, list[Episode]]:
+) -> tuple[bool, dict[str, int]]:
     """Whether policies do better with greedy than with sampled actions, by outer_valid.
 
     Args:
@@ -304,7 +297,8 @@ def choose_mode(
         listed: Train instances.
 
     Returns:
-        True for greedy, and the episodes that were run.
+        True for greedy; episodes, inner steps and validation images that choosing cost, per
+        training seed.
     """
     jobs = [
         (policy, instance, derive_seed(EVALUATION_SEED, "mode", seed, index), greedy)
@@ -315,7 +309,12 @@ def choose_mode(
     episodes: list[Episode] = list(pool.map(run_policy, jobs))
     accuracies = np.array([episode.accuracy[-1] for episode in episodes])
     sampled, greedy = accuracies.reshape(2, -1).mean(axis=1)
-    return bool(greedy >= sampled), episodes
+    cost = {
+        "episodes": len(episodes) // len(policies),
+        "inner_steps": sum(e.inner_steps for e in episodes) // len(policies),
+        "validation_images": sum(e.validation_images for e in episodes) // len(policies),
+    }
+    return bool(greedy >= sampled), cost
 
 
 def compare(
@@ -400,34 +399,6 @@ def acts_greedily(run: RunFolder) -> bool:
         raise ConfigError(
             f"{path} is no whole comparison; repeat it with asg evaluate {run.path}"
         ) from None
-
-
-def is_imported(run: RunFolder) -> bool:
-    """Whether the run is of a policy that the original's code saved.
-
-    Raises:
-        ConfigError: `provenance.json` is missing or damaged.
-    """
-    return "imported" in read_provenance(run)
-
-
-def training_cost(run: RunFolder) -> dict[str, int]:
-    """What one training seed cost: episodes, inner steps and validation images."""
-    lines = read_metrics(run.seed_folder(0))
-    return {
-        "episodes": int(lines[-1]["episodes"]) if lines else 0,
-        "inner_steps": int(sum(line["inner_steps"] for line in lines)),
-        "validation_images": int(sum(line["validation_images"] for line in lines)),
-    }
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of a training seed's `metrics.jsonl`, without one that a kill left unfinished."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _by_seed(results: list[TestResult], count: int) -> list[list[TestResult]]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agents.evaluate import read_metrics
+from agents.run_folder import read_metrics
 from asg_env.validation import ConfigError
 
 

@@ -137,6 +137,34 @@ def read_provenance(run: RunFolder) -> dict[str, Any]:
     return values
 
 
+def is_imported(run: RunFolder) -> bool:
+    """Whether the run is of a policy that the original's code saved.
+
+    Raises:
+        ConfigError: `provenance.json` is missing or damaged.
+    """
+    return "imported" in read_provenance(run)
+
+
+def training_cost(folder: Path) -> dict[str, int]:
+    """What a training seed cost by its folder: episodes, inner steps and validation images."""
+    lines = read_metrics(folder)
+    return {
+        "episodes": int(lines[-1]["episodes"]) if lines else 0,
+        "inner_steps": int(sum(line["inner_steps"] for line in lines)),
+        "validation_images": int(sum(line["validation_images"] for line in lines)),
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Lines of a training seed's `metrics.jsonl`, without one that a kill left unfinished."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: no reader ever sees half a file."""
     temporary = path.with_name(path.name + ".tmp")

@@ -107,6 +107,15 @@ def tuning_instances(task: str, instances: InstanceSet, seed: int, count: int) -
     return [replace(i, base_lr_scale=s) for i, s in zip(drawn, scales, strict=True)]
 
 
+def tune(
+    pool: RolloutPool, candidates: dict[str, Controller], listed: Sequence[Instance]
+) -> tuple[str, Scorer]:
+    """Return the name of the best candidate on train instances, and what counted the cost."""
+    scorer = Scorer(pool, listed)
+    scores = scorer.score(candidates, len(listed))
+    return max(scores, key=lambda name: scores[name]), scorer
+
+
 def search_static(
     scorer: Scorer,
     grid: GridName,

@@ -15,16 +15,16 @@ from agents.evaluate import (
     MODE_INSTANCES,
     TestResult,
     choose_mode,
-    read_metrics,
     reads_real_labels,
+    tuning_set,
 )
 from agents.experiment import Experiment
 from agents.judgement import test_network
 from agents.policy import Policy, RandomPolicy
 from agents.records import episode_record
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
-from agents.run_folder import RunFolder, provenance, write_text
-from agents.search import Scorer, search_static, train_instances, tuning_instances
+from agents.run_folder import RunFolder, provenance, training_cost, write_text
+from agents.search import Scorer, search_static, train_instances, tune, tuning_instances
 from agents.train import train_seed
 from asg_env.build import task_of
 from asg_env.core.seeding import derive_seed
@@ -77,12 +77,7 @@ def _run_agent(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> 
     policy = experiment.agent_module.load_policy(
         folder / "checkpoints" / experiment.agent_module.CHECKPOINT, experiment
     )
-    lines = read_metrics(folder)
-    cost = {
-        "episodes": int(lines[-1]["episodes"]),
-        "inner_steps": int(sum(line["inner_steps"] for line in lines)),
-        "validation_images": int(sum(line["validation_images"] for line in lines)),
-    }
+    cost = training_cost(folder)
     greedy, choosing = _mode(folder, policy, experiment)
     cost = {key: cost[key] + choosing[key] for key in cost}
     own = benchmark.settings.agents[trial.method].env
@@ -157,16 +152,9 @@ def _mode(folder: Path, policy: Policy, experiment: Experiment) -> tuple[bool, d
         cost = {"episodes": 0, "inner_steps": 0, "validation_images": 0}
         greedy = True
         if reads_real_labels(experiment):
-            instances = experiment.env.instances
-            seed = derive_seed(EVALUATION_SEED, "tuning")
-            listed = tuning_instances(experiment.task, instances, seed, MODE_INSTANCES)
+            listed = tuning_set(experiment.task, experiment.env.instances, MODE_INSTANCES)
             with RolloutPool(experiment.task, experiment.env, 0) as pool:
-                greedy, episodes = choose_mode(pool, [policy], listed)
-            cost = {
-                "episodes": len(episodes),
-                "inner_steps": sum(e.inner_steps for e in episodes),
-                "validation_images": sum(e.validation_images for e in episodes),
-            }
+                greedy, cost = choose_mode(pool, [policy], listed)
         write_text(path, json.dumps({"greedy": greedy, "cost": cost}) + "\n")
     values = json.loads(path.read_text(encoding="utf-8"))
     return values["greedy"], values["cost"]
@@ -234,11 +222,8 @@ def _tuned(benchmark: Benchmark, trial: Trial, suite: Suite, pool: RolloutPool) 
         setting = "(" + ", ".join(f"{m:g}" for m in found.vector) + ")"
         cost = {key: getattr(found, key) for key in nothing}
         return {"setting": setting, "vector": list(found.vector), "cost": cost}
-    count = benchmark.settings.tuning_instances
-    seed = derive_seed(EVALUATION_SEED, "tuning")
-    scorer = Scorer(pool, tuning_instances(suite.task, settings.instances, seed, count))
-    scores = scorer.score(FAMILIES[trial.method](groups), count)
-    best = max(scores, key=lambda name: scores[name])
+    listed = tuning_set(suite.task, settings.instances, benchmark.settings.tuning_instances)
+    best, scorer = tune(pool, FAMILIES[trial.method](groups), listed)
     return {"setting": best, "cost": {key: getattr(scorer, key) for key in nothing}}
 
 

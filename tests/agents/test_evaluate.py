@@ -19,6 +19,7 @@ from agents.evaluate import (
     acts_greedily,
     judge_controller,
     judge_policy,
+    tuning_set,
 )
 from agents.policy import RandomPolicy
 from agents.results import results_markdown
@@ -448,13 +449,10 @@ def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, text):
         acts_greedily(run)
 
 
-def test_tuning_instances_spread_evenly_over_the_hidden_scales(make_experiment, tmp_path):
-    run = RunFolder(tmp_path, make_experiment())
-    drawn = Evaluation(run, None, groups=5)._tuning_instances(4)
+def test_tuning_instances_spread_evenly_over_the_hidden_scales():
+    drawn = tuning_set(TASK, "unknown-scale", 4)
     scales = [instance.base_lr_scale for instance in drawn]
     np.testing.assert_allclose(np.log10(scales), [-0.75, -0.25, 0.25, 0.75])
     assert len({instance.data_seed for instance in drawn}) == 4
     assert not set(drawn) & set(published_test_instances(TASK, "unknown-scale"))
-    fixed = RunFolder(tmp_path, make_experiment(env={"instances": "fixed"}))
-    drawn = Evaluation(fixed, None, groups=5)._tuning_instances(4)
-    assert {instance.base_lr_scale for instance in drawn} == {1.0}
+    assert {instance.base_lr_scale for instance in tuning_set(TASK, "fixed", 4)} == {1.0}

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.evaluate import read_metrics
-from agents.run_folder import RunFolder
+from agents.run_folder import RunFolder, read_metrics
 from agents.train import estimate_minutes, load_policies, train
 from asg_env.validation import ConfigError
 
