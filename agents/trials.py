@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from agents.baselines import FAMILIES, Controller, Static
-from agents.benchmark import Benchmark, Suite, Trial
+from agents.baselines import Controller, Static
+from agents.benchmark import TUNED_RULES, Benchmark, Suite, Trial
 from agents.evaluate import (
     EVALUATION_SEED,
     MODE_INSTANCES,
@@ -192,7 +192,7 @@ def _run_baseline(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) 
             controller = Static(tuple(tuned["vector"]))
         else:
             groups = len(env.trainer.layer_groups)
-            controller = FAMILIES[trial.method](groups)[tuned["setting"]]
+            controller = TUNED_RULES[trial.method](groups)[tuned["setting"]]
         return run_controller(env, controller, instance)
 
     for other in _missing(benchmark, folder):
@@ -223,7 +223,7 @@ def _tuned(benchmark: Benchmark, trial: Trial, suite: Suite, pool: RolloutPool) 
         cost = {key: getattr(found, key) for key in nothing}
         return {"setting": setting, "vector": list(found.vector), "cost": cost}
     listed = tuning_set(suite.task, settings.instances, benchmark.settings.tuning_instances)
-    best, scorer = tune(pool, FAMILIES[trial.method](groups), listed)
+    best, scorer = tune(pool, TUNED_RULES[trial.method](groups), listed)
     return {"setting": best, "cost": {key: getattr(scorer, key) for key in nothing}}
 
 

@@ -310,6 +310,10 @@ def test_an_agent_with_other_settings_under_the_same_name_is_refused(done, fails
         ({"suites": ["digits-unheard"]}, "env 'digits-unheard' is none of the shipped ones ("),
         ({"suites": []}, "`benchmark.suites` must hold at least 1 entry, got none"),
         ({"baselines": ["luck"]}, "`baselines` must be of uniform, small-backbone,"),
+        (
+            {"baselines": ["pilot-search"]},
+            "hypergradient, gradual-unfreezing, early-stopping, stat",
+        ),
         ({"episodes": 5}, "`episodes` must be a multiple of 2, the episodes of an update of agent"),
         ({"episodes": 2}, "`benchmark.episodes` must be >= 4, got 2"),
         ({"env": {"instances": "fixed"}}, "`env` may hold action, grid, start_multiplier,"),
