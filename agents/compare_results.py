@@ -67,7 +67,10 @@ def estimate(
         by_class, count = classes or (None, None)
         return bootstrap_iqm(correct_of(row), generator, taken, by_class, count)
     return bootstrap_values(
-        values_of(row, figure), generator, None if minus is None else values_of(minus, figure)
+        values_of(row, figure),
+        generator,
+        None if minus is None else values_of(minus, figure),
+        (-np.inf, np.inf) if figure.startswith("hse_") else (0.0, 1.0),
     )
 
 

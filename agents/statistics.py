@@ -140,7 +140,10 @@ def score(correct: np.ndarray, classes: np.ndarray | None, count: int | None = N
 
 
 def bootstrap_values(
-    values: np.ndarray, generator: np.random.Generator, minus: np.ndarray | None = None
+    values: np.ndarray,
+    generator: np.random.Generator,
+    minus: np.ndarray | None = None,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate | None:
     """IQM of a figure over (training seeds x instances), the interval as in `bootstrap_iqm`.
 
@@ -148,6 +151,7 @@ def bootstrap_values(
         values: The figure of each training, shape (S, I). An instance where any is NaN is left out.
         generator: Source of the resamples.
         minus: If given, shape (1, I) or (S, I): the estimate is of the paired difference.
+        bounds: Least and largest value that the figure can take.
 
     Returns:
         The estimate, or None if no instance is left.
@@ -159,14 +163,16 @@ def bootstrap_values(
     rows, columns = canonical_order(units)
     units = np.ascontiguousarray(units[rows][:, columns])
     counts = draw_counts(units.shape, RESAMPLES, generator)
-    return _estimate(units, weighted_iqm(units.reshape(-1), crossed(*counts)), [])
+    low, high = bounds
+    bounds = bounds if minus is None else (low - high, high - low)
+    return _estimate(units, weighted_iqm(units.reshape(-1), crossed(*counts)), [], bounds)
 
 
 def _estimate(
     units: np.ndarray,
     draws: np.ndarray,
     without: list[np.ndarray],
-    bounds: tuple[float, float] = (-np.inf, np.inf),
+    bounds: tuple[float, float],
 ) -> Estimate:
     """IQM of units of shape (S, I) with the interval that their resamples give.
 

@@ -79,7 +79,7 @@ def _estimate(
     metric, generator = experiment.env.metric, numpy_generator(EVALUATION_SEED, *names)
     if varies_images(experiment):
         other = None if minus is None else minus.scores(metric)
-        estimate = bootstrap_values(row.scores(metric), generator, other)
+        estimate = bootstrap_values(row.scores(metric), generator, other, (0.0, 1.0))
         assert estimate is not None  # no figure is missing
         return estimate
     labels = experiment.test_labels

@@ -327,6 +327,16 @@ def test_bootstrap_values_is_none_where_no_instance_is_left(seeds):
     assert bootstrap_values(np.full((1, 3), 0.5), rng(), minus=values) is None
 
 
+def test_bootstrap_values_keeps_the_interval_of_a_share_within_what_a_share_can_be():
+    values = np.array([[0.0, 0.0, 0.9, 1.0, 1.0]])
+    free, bounded = bootstrap_values(values, rng()), bootstrap_values(values, rng(), None, (0, 1))
+    assert free.low < 0
+    assert free.high > 1
+    assert (bounded.value, bounded.low, bounded.high) == (free.value, 0, 1)
+    taken = bootstrap_values(values, rng(), 1 - values, (0, 1))
+    assert (taken.low, taken.high) == (-1, 1)
+
+
 @pytest.mark.usefixtures("_few_resamples")
 def test_bootstrap_values_repeats_with_the_same_generator_and_differs_with_another():
     assert bootstrap_values(FIGURE, rng(5)) == bootstrap_values(FIGURE, rng(5))
