@@ -2,22 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from agents.baselines import FAMILIES
-from agents.experiment import Experiment, config_path, env_settings
+from agents.experiment import Experiment, assign, assignment, config_path, env_settings
 from agents.rules import RULE_FAMILIES
 from agents.search import FIRST_RUNG
 from asg_env.build import prepare_variants, task_of
 from asg_env.config import EnvSettings
-from asg_env.instances import TEST_INSTANCES, Instance, published_test_instances
+from asg_env.instances import (
+    TEST_INSTANCES,
+    Instance,
+    kind_of,
+    published_test_instances,
+    variants,
+)
 from asg_env.tasks import TASK_MODULES
+from asg_env.user_code import absolute, is_user_code
 from asg_env.validation import ConfigError, Settings, validate
 from asg_env.yaml_files import read_yaml
 
@@ -30,18 +38,21 @@ AGENTS_OWN = ("action", "grid", "start_multiplier", "observation")
 TrialKind = Literal["agent", "rule", "search", "random"]
 
 
+def _own(value: dict[str, Any]) -> dict[str, Any]:
+    for key in value:
+        if key not in AGENTS_OWN:
+            raise ValueError(f"may hold {', '.join(AGENTS_OWN)}, got '{key}'")
+    return value
+
+
+OwnSettings = Annotated[dict[str, Any], AfterValidator(_own)]
+
+
 class AgentEntry(Settings):
     """One agent of a benchmark file."""
 
     agent: str | dict[str, Any]  # of configs/agent, or `kind` and settings
-    env: dict[str, Any] = {}  # of `AGENTS_OWN`
-
-    @model_validator(mode="after")
-    def _check_own(self) -> "AgentEntry":
-        for key in self.env:
-            if key not in AGENTS_OWN:
-                raise ValueError(f"`env` may hold {', '.join(AGENTS_OWN)}, got '{key}'")
-        return self
+    env: OwnSettings = {}
 
 
 class BenchmarkSettings(Settings):
@@ -49,7 +60,7 @@ class BenchmarkSettings(Settings):
 
     suites: Annotated[list[str], Field(min_length=1)]  # trained on: of configs/env, or paths
     test: list[str] = []  # suites that all are judged on besides their own
-    env: dict[str, Any] = {}  # of `AGENTS_OWN`, for every suite
+    env: OwnSettings = {}  # for every suite
     agents: dict[str, AgentEntry] = {}
     baselines: list[str] = [*TUNED_RULES, SEARCH, RANDOM]
     episodes: Annotated[int, Field(ge=FIRST_RUNG)]  # of each training, and of the search
@@ -64,15 +75,14 @@ class BenchmarkSettings(Settings):
         for name in self.baselines:
             if name not in known:
                 raise ValueError(f"`baselines` must be of {', '.join(known)}, got '{name}'")
+            if self.baselines.count(name) > 1:
+                raise ValueError(f"`baselines` must name each once, got '{name}' again")
         for name in self.agents:
             if name in known or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
                     f"`agents` must have names of letters, digits and dashes that no baseline has, "
                     f"got '{name}'"
                 )
-        for key in self.env:
-            if key not in AGENTS_OWN:
-                raise ValueError(f"`env` may hold {', '.join(AGENTS_OWN)}, got '{key}'")
         return self
 
 
@@ -108,12 +118,16 @@ class Suite:
         return env_settings(self.task, start={**self.values, **(own or {})})
 
     def tests(self, count: int) -> list[Instance]:
-        """Return the first `count` of its published test instances."""
-        return list(published_test_instances(self.task, self.settings().instances)[:count])
+        """Return the first `count` of its published test instances, its kinds taking turns."""
+        kinds: dict[str, list[Instance]] = {}
+        for instance in published_test_instances(self.task, self.settings().instances):
+            kinds.setdefault(kind_of(instance), []).append(instance)
+        turns = zip_longest(*kinds.values())
+        return [instance for turn in turns for instance in turn if instance is not None][:count]
 
     @cached_property
     def version(self) -> str:
-        """Digest of what results depend on: settings, test instances and images.
+        """Digest of what results depend on: settings, test instances, images and teachers.
 
         How an agent sees the suite and acts on it is left out, and so are defaults: when one of
         those changes, the environment's id does.
@@ -121,8 +135,11 @@ class Suite:
         settings = self.settings()
         values = settings.model_dump(exclude=set(AGENTS_OWN), exclude_defaults=True)
         listed = [i.to_dict() for i in self.tests(TEST_INSTANCES)]
-        digest = task_of(self.task, settings).digest
-        text = json.dumps([self.task, values, listed, digest], sort_keys=True, default=str)
+        digests = [
+            task_of(self.task, settings.of(Instance(self.task, 0, 0, **change))).digest
+            for change in variants(settings.instances)
+        ]
+        text = json.dumps([self.task, values, listed, digests], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -164,6 +181,8 @@ class Benchmark:
         if len(self.suites) < len(loaded):
             raise ConfigError(f"`suites` must have names of their own, got {', '.join(names)}")
         self.trained = [suite.name for suite in loaded[: len(dict.fromkeys(settings.suites))]]
+        # Read here: trials may run in another folder.
+        self._agents = {name: _agent_values(name, e.agent) for name, e in settings.agents.items()}
         for name in self.trained:
             for agent in settings.agents:
                 self.experiment(name, agent)  # refuses what does not fit
@@ -174,12 +193,9 @@ class Benchmark:
         Raises:
             ConfigError: The agent does not fit the suite, or its updates the budget.
         """
-        settings, entry = self.settings, self.settings.agents[agent]
-        values = entry.agent
-        if isinstance(values, str):
-            values = read_yaml(config_path("agent", values))
+        settings, values = self.settings, self._agents[agent]
         section = {"env": {"id": self.suites[suite].task, **self.suites[suite].values}}
-        section["env"] |= entry.env
+        section["env"] |= settings.agents[agent].env
         train = {
             "seeds": settings.seeds,
             "workers": 1,
@@ -204,17 +220,40 @@ class Benchmark:
             }
         )
 
+    def seen_by(self, suite: str, agent: str, tested: str) -> Experiment:
+        """Return the experiment that an agent trained on a suite would have on a tested one.
+
+        It sees instances and acts on them as in its training, whatever the tested suite says.
+        """
+        trained = self.experiment(suite, agent)
+        own = {key: getattr(trained.env, key) for key in AGENTS_OWN}
+        there = self.suites[tested]
+        section = {"id": there.task, **there.values, **own}
+        return Experiment({**trained.to_dict(), "env": section})
+
     def check(self, report: Callable[[str], None]) -> None:
         """Load every task and build every agent; nothing is trained.
 
         Raises:
-            ConfigError: A setting does not fit the task, the machine or the agent.
+            ConfigError: A setting does not fit the task, the machine or the agent, or a suite
+                has no labelled images to judge by.
         """
         for suite in self.suites.values():
-            prepare_variants(suite.task, suite.settings(), report)
-        for name in self.trained:
+            settings = suite.settings()
+            prepare_variants(suite.task, settings, report)
+            splits = task_of(suite.task, settings).splits
+            for split in ("outer_valid", "test"):
+                if split not in splits or splits[split].labels is None:
+                    raise ConfigError(
+                        f"suite {suite.name} has no labelled images of {split}, so there is "
+                        "nothing to judge by; leave it out"
+                    )
+        for trained in self.trained:
             for agent in self.settings.agents:
-                self.experiment(name, agent).check()
+                one = self.experiment(trained, agent)
+                one.agent_module.Learner(one.task, one.env, one.agent, one.seed, 0)
+                for tested in self.suites:
+                    self.seen_by(trained, agent, tested)
 
     def trials(self) -> list[Trial]:
         """Everything there is to do; the cheap ones last, so that they fill the gaps."""
@@ -238,15 +277,32 @@ class Benchmark:
         return {name: suite.version for name, suite in self.suites.items()}
 
 
-def load_benchmark(name: str, overrides: Mapping[str, Any] | None = None) -> Benchmark:
+def _agent_values(name: str, agent: str | dict[str, Any]) -> dict[str, Any]:
+    """Return an agent's settings, of its file or its entry."""
+    if isinstance(agent, str):
+        values = read_yaml(config_path("agent", agent))
+    elif "updates" in agent:
+        raise ConfigError(
+            f"`updates` of agent {name} follows from the benchmark's `episodes`, got "
+            f"{agent['updates']}; leave it out"
+        )
+    else:
+        values = dict(agent)
+    if isinstance(values.get("kind"), str) and is_user_code(values["kind"]):
+        values["kind"] = absolute(values["kind"])
+    return values
+
+
+def load_benchmark(name: str, overrides: Sequence[str] = ()) -> Benchmark:
     """Read a benchmark by bare name (of the shipped ones) or path.
 
     Args:
         name: Such as `digits-quick`, or the path of a YAML file.
-        overrides: Top-level values in the place of the file's.
+        overrides: `KEY=VALUE`, put into the file's values.
 
     Raises:
         ConfigError: The file or a value cannot be used.
     """
-    values = {**read_yaml(config_path("benchmark", name)), **(overrides or {})}
+    values = read_yaml(config_path("benchmark", name))
+    assign(values, [assignment(text) for text in overrides])
     return Benchmark(validate(BenchmarkSettings, values, "benchmark"))

@@ -50,13 +50,11 @@ def draw_aggregates(
 
 
 def draw_optimality_gaps(
-    intervals: Mapping[str, Interval],
-    learned: Collection[str] = (),
-    label: str = "optimality gap (lower is better)",
+    intervals: Mapping[str, Interval], learned: Collection[str] = ()
 ) -> Figure:
     """One line for each agent, the smallest gap on top; arguments as in `draw_aggregates`."""
     ordered = sorted(intervals, key=lambda name: -intervals[name].value)
-    return _interval_lines(intervals, ordered, learned, label)
+    return _interval_lines(intervals, ordered, learned, "optimality gap (lower is better)")
 
 
 def draw_improvement(
@@ -83,16 +81,14 @@ def draw_improvement(
 
 
 def draw_profiles(
-    bands: Mapping[str, Band],
-    learned: Collection[str] = (),
-    label: str = "test accuracy above τ",
+    bands: Mapping[str, Band], learned: Collection[str] = (), metric: str = "accuracy"
 ) -> Figure:
     """Share of units above each threshold: the higher the curve, the better.
 
     Args:
         bands: `performance_profile` of each agent, by name, in the order of the legend.
         learned: Names of the learned agents.
-        label: What a unit has to show.
+        metric: What scores are, in words.
 
     Raises:
         ValueError: There is no agent.
@@ -100,7 +96,7 @@ def draw_profiles(
     figure, axes = _new_figure(len(bands), 3.3)
     _curves(figure, axes, bands, learned, steps=True)
     axes.set_xlabel("threshold τ")
-    axes.set_ylabel(f"share of runs with\n{label}")
+    axes.set_ylabel("share of runs with\n" + _broken(f"test {metric} above τ", 22))
     axes.set_ylim(-0.02, 1.02)
     axes.margins(x=0.01)
     return figure
@@ -134,7 +130,7 @@ def draw_transfer(
     values: np.ndarray,
     trained_on: Sequence[str],
     tested_on: Sequence[str],
-    label: str = "interquartile mean of test accuracy",
+    metric: str = "accuracy",
 ) -> Figure:
     """Matrix of what agents trained on one family reach on another, with numbers in the cells.
 
@@ -142,7 +138,7 @@ def draw_transfer(
         values: Shape (R, C); NaN where nothing was tested.
         trained_on: Names of the rows.
         tested_on: Names of the columns.
-        label: What the numbers are.
+        metric: What scores are, in words.
 
     Raises:
         ValueError: Names and values do not match, or there are none.
@@ -181,7 +177,7 @@ def draw_transfer(
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("tested on")
     axes.set_ylabel("trained on")
-    figure.supxlabel(label, fontsize=SMALL, color=INK)
+    figure.supxlabel(f"interquartile mean of test {metric}", fontsize=SMALL, color=INK)
     return figure
 
 

@@ -1,7 +1,6 @@
 """From the judged trials of a benchmark to its numbers and pictures."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,27 @@ from agents.benchmark_statistics import (
     probability_of_improvement,
     sample_efficiency,
 )
-from agents.benchmark_table import version_of
+from agents.benchmark_table import SELECTION, version_of
 from agents.evaluate import EVALUATION_SEED
-from agents.results import FEW_SEEDS
+from agents.report_files import read_json
+from agents.results import FEW_SEEDS, IN_WORDS
 from agents.run_folder import read_metrics
-from agents.trials import SELECTION
+from agents.statistics import interquartile_mean
 from asg_env.core.seeding import numpy_generator
+from asg_env.instances import Instance, kind_of
 
-FEW_UNITS = 20  # below this an interval covers less than its name says
+FEW_UNITS = 20  # below this a reader is told that the interval is a rough one
 THRESHOLDS = np.linspace(0, 1, 101)  # of performance profiles
 GAMMA = 1.0  # of the optimality gap: every image right
+# Figures of a benchmark: ends of their names, and the one that stands for all suites.
+FIGURES, TRANSFER = ("iqm", "gap", "improvement", "profiles", "efficiency"), "transfer"
+
+Judged = dict[str, Any]  # what a trial wrote of one suite
+Places = Mapping[str, Sequence[int]]  # of test instances, by their kind
 
 
 def summarise_benchmark(
-    results: Sequence[dict[str, Any]], benchmark: Benchmark, root: Path
+    results: Sequence[Judged], benchmark: Benchmark, root: Path
 ) -> dict[str, Any]:
     """Reduce a benchmark to the numbers of `results.json`.
 
@@ -41,132 +47,204 @@ def summarise_benchmark(
     diverged, optimality gap and cost; the best learned agent and the best baseline, told by train
     instances alone; and their paired difference.
 
+    Suites and methods are those of the results, which several benchmark files may have added to.
+
+    Args:
+        results: What every trial wrote.
+        benchmark: The present file: its suites and methods come first.
+        root: Folder of the benchmark.
+
     Raises:
-        ConfigError: Results of one suite are of two versions.
+        ConfigError: Results of one suite are of two versions, or a file is damaged.
     """
-    versions = version_of(results)
-    comparisons = []
-    for suite in benchmark.trained:
+    settings = benchmark.settings
+    trained = _distinct(benchmark.trained, [judged["suite"] for judged in results])
+    tested = _distinct(benchmark.suites, [judged["tested_on"] for judged in results])
+    comparisons, curves, without = [], {}, {}
+    for suite in trained:
         selected = _selected(root, suite)
-        for tested in benchmark.suites:
-            scores = _scores(results, suite, tested)
-            if scores:
-                comparisons.append(_comparison(suite, tested, scores, selected, results))
+        for other in tested:
+            methods = _by_method(results, suite, other, [*settings.agents, *settings.baselines])
+            if methods:
+                comparisons.append(_comparison(suite, other, methods, selected))
+        there = [j["method"] for j in results if (j["suite"], j["kind"]) == (suite, "agent")]
+        listed = settings.agents if suite in benchmark.trained else ()
+        curves[suite], without[suite] = _efficiency(root, suite, _distinct(listed, there))
     return {
-        "suites": versions,
+        "suites": version_of(results),
         "statistic": "interquartile mean over training seeds x test instances",
         "interval": "95 %, stratified bootstrap: resamples seeds, then instances; differences "
         "paired by instance",
-        "episodes": benchmark.settings.episodes,
-        "seeds": benchmark.settings.seeds,
-        "test_instances": benchmark.settings.test_instances,
+        "episodes": settings.episodes,
+        "seeds": settings.seeds,
+        "test_instances": settings.test_instances,
         "comparisons": comparisons,
-        "sample_efficiency": {
-            suite: _efficiency(root, suite, benchmark.settings.agents)
-            for suite in benchmark.trained
-        },
+        "sample_efficiency": curves,
+        "without_curve": without,
     }
 
 
-def _scores(results: Sequence[dict[str, Any]], suite: str, tested: str) -> dict[str, np.ndarray]:
-    """Accuracy by method, (S, I): those trained on one suite and judged on another."""
-    rows: dict[str, list[list[float]]] = {}
+def _distinct(first: Iterable[str], others: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *others]))
+
+
+def _by_method(
+    results: Sequence[Judged], suite: str, tested: str, first: Sequence[str]
+) -> dict[str, list[Judged]]:
+    """Results of those trained on one suite and judged on another, by method."""
+    found: dict[str, list[Judged]] = {}
     for judged in results:
         if (judged["suite"], judged["tested_on"]) == (suite, tested) and judged["results"]:
-            row = [one["accuracy"] for one in judged["results"]]
-            rows.setdefault(judged["method"], []).append(row)
-    counts = {len(row) for found in rows.values() for row in found}
-    if len(counts) > 1:  # an earlier run judged fewer instances: compare on those that all have
-        least = min(counts)
-        rows = {method: [row[:least] for row in found] for method, found in rows.items()}
-    return {method: np.array(found) for method, found in rows.items()}
+            found.setdefault(judged["method"], []).append(judged)
+    # An earlier run may have judged fewer instances: compare on those that all have.
+    least = min((len(judged["results"]) for rows in found.values() for judged in rows), default=0)
+    return {
+        method: [{**judged, "results": judged["results"][:least]} for judged in found[method]]
+        for method in _distinct(first, found)
+        if method in found
+    }
 
 
 def _selected(root: Path, suite: str) -> dict[str, float]:
-    """Mean outer_valid accuracy of each method on train instances, over its training seeds."""
+    """Mean outer_valid score of each method on train instances, over its training seeds."""
     found: dict[str, list[float]] = {}
     for path in sorted((root / suite).glob(f"*/seed-*/{SELECTION}")):
-        values = json.loads(path.read_text(encoding="utf-8"))["outer_valid"]
-        found.setdefault(path.parts[-3], []).append(float(np.mean(values)))
+        values = read_json(path, ("outer_valid",), "delete it, and go on with --resume")
+        found.setdefault(path.parts[-3], []).append(float(np.mean(values["outer_valid"])))
     return {method: float(np.mean(values)) for method, values in found.items()}
 
 
 def _comparison(
     suite: str,
     tested: str,
-    scores: dict[str, np.ndarray],
-    selected: dict[str, float],
-    results: Sequence[dict[str, Any]],
+    methods: Mapping[str, Sequence[Judged]],
+    selected: Mapping[str, float],
 ) -> dict[str, Any]:
-    about = {
-        judged["method"]: judged
-        for judged in results
-        if (judged["suite"], judged["tested_on"]) == (suite, tested)
-    }
-    learned = [method for method in scores if about[method]["kind"] == "agent"]
-    rules = [method for method in scores if about[method]["kind"] in ("rule", "search")]
-    best = {
-        group: max(members, key=lambda method: selected.get(method, 0.0), default=None)
-        for group, members in (("agent", learned), ("baseline", rules))
-    }
+    every = [judged for rows in methods.values() for judged in rows]
+    # All are of one version of the suite, so of one metric, which older files do not name.
+    metric = next((judged["metric"] for judged in every if "metric" in judged), "accuracy")
+    kinds = _places(every[0]["results"])
+    kind_by_method = {method: rows[0]["kind"] for method, rows in methods.items()}
+
+    def best(*groups: str) -> str | None:
+        members = [method for method, kind in kind_by_method.items() if kind in groups]
+        return max(members, key=lambda method: selected.get(method, 0.0), default=None)
+
+    first = best("agent")
+    scores = {method: _scores(rows, metric) for method, rows in methods.items()}
 
     def stream(*names: str) -> np.random.Generator:
         return numpy_generator(EVALUATION_SEED, "benchmark", suite, tested, *names)
 
-    methods = []
+    entries = []
     for method, values in scores.items():
-        of_method = [
-            judged
-            for judged in results
-            if (judged["suite"], judged["tested_on"], judged["method"]) == (suite, tested, method)
-        ]
+        rows = methods[method]
+        units = [one for judged in rows for one in judged["results"]]
+        diverged = np.array([bool(one["diverged"]) for one in units]).reshape(values.shape)
         entry: dict[str, Any] = {
             "method": method,
-            "kind": about[method]["kind"],
-            "settings": sorted({judged["setting"] for judged in of_method}),
+            "kind": kind_by_method[method],
+            "settings": sorted({judged["setting"] for judged in rows}),
             "seeds": len(values),
             "instances": values.shape[1],
-            "iqm": aggregate_iqm([values], stream(method)).to_dict(),
+            "iqm": aggregate_iqm(values, stream(method)).to_dict(),
             "mean": float(values.mean()),
-            "diverged": float(
-                np.mean([one["diverged"] for judged in of_method for one in judged["results"]])
-            ),
-            "retention": _mean([one["retention"] for j in of_method for one in j["results"]]),
-            "optimality_gap": optimality_gap([values], stream(method, "gap"), GAMMA).to_dict(),
-            "profile": performance_profile(
-                [values], THRESHOLDS, stream(method, "profile")
-            ).to_dict(),
+            "diverged": float(diverged.mean()),
+            "retention": _mean([one["retention"] for one in units]),
+            "optimality_gap": optimality_gap(values, stream(method, "gap"), GAMMA).to_dict(),
+            "profile": performance_profile(values, THRESHOLDS, stream(method, "profile")).to_dict(),
             "on_train_instances": selected.get(method),
             "cost": {
-                key: float(np.mean([judged["cost"].get(key, 0) for judged in of_method]))
+                key: float(np.mean([judged["cost"].get(key, 0) for judged in rows]))
                 for key in ("episodes", "inner_steps", "validation_images")
             },
         }
-        first = best["agent"]
+        if kinds:
+            entry["by_kind"] = _by_kind(values, diverged, kinds)
         if first is not None and method != first:
-            pair = ([scores[first]], [values])
+            pair = (scores[first], values)
             entry["best_agent_minus_this"] = iqm_difference(
                 *pair, stream(method, "difference")
             ).to_dict()
             entry["chance_that_best_agent_is_better"] = probability_of_improvement(
                 *pair, stream(method, "improvement")
             ).to_dict()
-        methods.append(entry)
-    return {"suite": suite, "tested_on": tested, "best": best, "methods": methods}
+        entries.append(entry)
+    return {
+        "suite": suite,
+        "tested_on": tested,
+        "metric": metric,
+        "best": {"agent": first, "baseline": best("rule", "search")},
+        "methods": entries,
+    }
 
 
-def _efficiency(root: Path, suite: str, agents: Any) -> dict[str, dict[str, list[float]]]:
-    """Training accuracy on outer_valid against inner steps, by agent, over training seeds."""
-    curves = {}
+def _scores(rows: Sequence[Judged], metric: str) -> np.ndarray:
+    """Score of each training seed on each instance, (S, I)."""
+    return np.array(
+        [[0.0 if one["diverged"] else one[metric] for one in judged["results"]] for judged in rows]
+    )
+
+
+def _places(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Where the test instances of each kind stand; empty where all are of one kind.
+
+    An instance of several settings of its own, as in `mixed`, is of a kind by each of them, one
+    of none is plain.
+    """
+    found: dict[str, list[int]] = {}
+    for place, one in enumerate(records):
+        try:
+            kinds = kind_of(Instance.from_dict(one["instance"])) or "plain"
+        except (KeyError, ValueError):  # of a version whose instances had other settings
+            return {}
+        for kind in kinds.split(", "):
+            found.setdefault(kind, []).append(place)
+    return {kind: found[kind] for kind in sorted(found) if len(found[kind]) < len(records)}
+
+
+def _by_kind(values: np.ndarray, diverged: np.ndarray, kinds: Places) -> dict[str, Any]:
+    """Figures of each kind of instance alone: one that fails can hide in the IQM of all."""
+    return {
+        kind: {
+            "iqm": float(interquartile_mean(values[:, places].reshape(-1))),
+            "mean": float(values[:, places].mean()),
+            "diverged": float(diverged[:, places].mean()),
+            "instances": len(places),
+        }
+        for kind, places in kinds.items()
+    }
+
+
+def _efficiency(
+    root: Path, suite: str, agents: Sequence[str]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Training score on outer_valid against inner steps, over the finished training seeds.
+
+    Returns:
+        The curves by agent, and for each agent without one why it has none.
+    """
+    curves, without = {}, {}
     for agent in agents:
-        lines = [read_metrics(folder) for folder in sorted((root / suite / agent).glob("seed-*"))]
-        lines = [found for found in lines if found]
-        if lines:
-            budgets = [np.cumsum([line["inner_steps"] for line in found]) for found in lines]
-            reached = [np.array([line["accuracy"] for line in found]) for found in lines]
-            stream = numpy_generator(EVALUATION_SEED, "efficiency", suite, agent)
+        finished = sorted((root / suite / agent).glob(f"seed-*/{SELECTION}"))
+        budgets, reached = [], []
+        for path in finished:
+            lines = read_metrics(path.parent)
+            steps = np.cumsum([line["inner_steps"] for line in lines])
+            scores = np.array([line["accuracy"] for line in lines], dtype=float)
+            measured = ~np.isnan(scores)  # SB3 may end an update before any episode ends
+            if measured.any():
+                budgets.append(steps[measured])
+                reached.append(scores[measured])
+        if not budgets:
+            without[agent] = "nothing was measured" if finished else "no training is finished"
+            continue
+        stream = numpy_generator(EVALUATION_SEED, "efficiency", suite, agent)
+        try:
             curves[agent] = sample_efficiency(budgets, reached, stream).to_dict()
-    return curves
+        except ValueError as error:  # seeds with no span in common
+            without[agent] = str(error)
+    return curves, without
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -174,37 +252,77 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def warnings(comparison: dict[str, Any], seeds: int) -> list[str]:
+def warnings(comparison: Mapping[str, Any], seeds: int) -> list[str]:
     """What a reader of a comparison must know of its sample sizes."""
     said = []
     units = min(entry["seeds"] * entry["instances"] for entry in comparison["methods"])
     if units < FEW_UNITS:
         said.append(
-            f"n = {units} units (training seeds x instances): below {FEW_UNITS} an interval covers "
-            "less than its name says."
+            f"n = {units} units (training seeds x instances): below {FEW_UNITS} the interval is a "
+            "rough one."
         )
     if seeds < FEW_SEEDS:
         said.append(f"{seeds} training seed(s) say little about another training.")
     return said
 
 
-def title(comparison: dict[str, Any]) -> str:
+def without_curve(summary: Mapping[str, Any]) -> str:
+    """Say which agents have no curve of sample efficiency, and why; empty where all have one."""
+    said = [
+        f"{agent} on {suite} ({why})"
+        for suite, agents in summary.get("without_curve", {}).items()
+        for agent, why in agents.items()
+    ]
+    return f"Without a curve of sample efficiency: {'; '.join(said)}." if said else ""
+
+
+def kinds_table(comparison: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """The methods by kind of instance: headings, and cells by method; empty where it has one kind.
+
+    A cell is the interquartile mean, and the share that diverged if any did.
+    """
+    entries = [entry for entry in ordered(comparison) if "by_kind" in entry]
+    if not entries:
+        return [], {}
+    first = entries[0]["by_kind"]
+    heads = ["method", *(f"{kind} ({found['instances']})" for kind, found in first.items())]
+
+    def cell(found: Mapping[str, float]) -> str:
+        lost = f", {found['diverged']:.0%} diverged" if found["diverged"] else ""
+        return f"{found['iqm']:.3f}{lost}"
+
+    return heads, {e["method"]: [cell(e["by_kind"][kind]) for kind in first] for e in entries}
+
+
+def metric_in_words(comparisons: Iterable[Mapping[str, Any]]) -> str:
+    """What is scored; older results do not say: accuracy."""
+    metrics = dict.fromkeys(one.get("metric", "accuracy") for one in comparisons)
+    return " or ".join(IN_WORDS[metric] for metric in metrics) or IN_WORDS["accuracy"]
+
+
+def figure_prefix(comparison: Mapping[str, Any]) -> str:
+    """What the names of a comparison's figures begin with."""
+    suite, tested = comparison["suite"], comparison["tested_on"]
+    return str(suite) if suite == tested else f"{suite}-to-{tested}"
+
+
+def title(comparison: Mapping[str, Any]) -> str:
     """What a comparison is called."""
     suite, tested = comparison["suite"], comparison["tested_on"]
-    return suite if suite == tested else f"trained on {suite}, tested on {tested}"
+    return str(suite) if suite == tested else f"trained on {suite}, tested on {tested}"
 
 
-def ordered(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+def ordered(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Its methods, the best first."""
     return sorted(comparison["methods"], key=lambda entry: -entry["iqm"]["value"])
 
 
-def signed(interval: dict[str, float]) -> str:
+def signed(interval: Mapping[str, float]) -> str:
     """A difference and its interval."""
     return f"{interval['value']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
 
 
-def verdict(comparison: dict[str, Any]) -> str:
+def verdict(comparison: Mapping[str, Any]) -> str:
     """The one sentence that a comparison is made for."""
     best = comparison["best"]
     if best["agent"] is None or best["baseline"] is None:
@@ -223,16 +341,17 @@ def verdict(comparison: dict[str, Any]) -> str:
     )
 
 
-def figures(summary: dict[str, Any]) -> dict[str, Any]:
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of a benchmark by file name, drawn."""
     drawn: dict[str, Any] = {}
-    for comparison in summary["comparisons"]:
+    comparisons = summary["comparisons"]
+    for comparison in comparisons:
         methods = {entry["method"]: entry for entry in ordered(comparison)}
         learned = [name for name, entry in methods.items() if entry["kind"] == "agent"]
-        where = comparison["suite"]
-        if comparison["tested_on"] != where:
-            where += f"-to-{comparison['tested_on']}"
-        drawn[f"{where}-iqm"] = draw.draw_aggregates(_intervals(methods, "iqm"), learned)
+        where, metric = figure_prefix(comparison), metric_in_words([comparison])
+        drawn[f"{where}-iqm"] = draw.draw_aggregates(
+            _intervals(methods, "iqm"), learned, f"interquartile mean of test {metric}"
+        )
         drawn[f"{where}-gap"] = draw.draw_optimality_gaps(
             _intervals(methods, "optimality_gap"), learned
         )
@@ -242,28 +361,29 @@ def figures(summary: dict[str, Any]) -> dict[str, Any]:
             drawn[f"{where}-improvement"] = draw.draw_improvement(chances, best, learned)
         shown = [*learned, *[name for name in methods if name not in learned][:3]]
         bands = {name: _band(methods[name]["profile"]) for name in shown}
-        drawn[f"{where}-profiles"] = draw.draw_profiles(bands, learned)
+        drawn[f"{where}-profiles"] = draw.draw_profiles(bands, learned, metric)
     for suite, curves in summary["sample_efficiency"].items():
         if curves:
             bands = {name: _band(curve) for name, curve in curves.items()}
+            metric = metric_in_words(c for c in comparisons if c["tested_on"] == suite)
             drawn[f"{suite}-efficiency"] = draw.draw_sample_efficiency(
-                bands, list(bands), "outer_valid accuracy\nof training episodes"
+                bands, list(bands), f"outer_valid {metric}\nof training episodes"
             )
     matrix = _transfer(summary)
     if matrix is not None:
-        drawn["transfer"] = draw.draw_transfer(*matrix)
+        drawn[TRANSFER] = draw.draw_transfer(*matrix, metric_in_words(comparisons))
     return drawn
 
 
-def _intervals(methods: dict[str, dict[str, Any]], figure: str) -> dict[str, Interval]:
+def _intervals(methods: Mapping[str, Mapping[str, Any]], figure: str) -> dict[str, Interval]:
     return {name: Interval(**entry[figure]) for name, entry in methods.items() if figure in entry}
 
 
-def _band(values: dict[str, list[float]]) -> Band:
+def _band(values: Mapping[str, Sequence[float]]) -> Band:
     return Band(**{key: np.array(part) for key, part in values.items()})
 
 
-def _transfer(summary: dict[str, Any]) -> tuple[np.ndarray, list[str], list[str]] | None:
+def _transfer(summary: Mapping[str, Any]) -> tuple[np.ndarray, list[str], list[str]] | None:
     """IQM of each agent (trained on a suite) on every suite; None where there is only one."""
     tested = list(dict.fromkeys(c["tested_on"] for c in summary["comparisons"]))
     rows: dict[str, dict[str, float]] = {}

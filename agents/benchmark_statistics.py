@@ -1,22 +1,17 @@
-"""Statistics of a benchmark: agents compared over training seeds, instances and suites.
+"""Statistics of a benchmark: agents compared over training seeds and instances.
 
 After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical
 Precipice". Scores lie in [0, 1], higher is better, and a diverged run scores 0. An agent's scores
-are one array of shape (S, I) for each suite (a stratum): S training seeds, each tested on the same
-I instances. Units, the (seed, instance) pairs, are pooled over suites, so a suite with more of
-them counts for more.
+are an array of shape (S, I): S training seeds, each tested on the same I instances.
 
-Each resample draws seeds and instances within every suite. That takes the trainings of different
-suites to be independent; where one training is tested on several, put its instances side by side
-in one array. Instead of the paper's percentile intervals all are `resampling.widened`, which
-differ where seeds are few. Where all runs agree (all 1, or one agent always ahead) no resample
-differs, and an interval of no width says only that. No permutation of seeds, or of instances in
-all arrays that share them, changes any result.
+Each resample draws seeds, then instances. Instead of the paper's percentile intervals all are
+`resampling.widened`, which differ where seeds are few. Where all runs agree (all 1, or one agent
+always ahead) no resample differs, and an interval of no width says only that. No permutation of
+seeds, or of instances in all arrays that share them, changes any result.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +24,6 @@ from agents.resampling import (
     weighted_iqm,
     widened,
 )
-
-Strata = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -61,84 +54,86 @@ class Band:
         return lists
 
 
-def aggregate_iqm(scores: Strata, generator: np.random.Generator) -> Interval:
-    """Interquartile mean of all units, with its stratified bootstrap interval.
+def aggregate_iqm(scores: np.ndarray, generator: np.random.Generator) -> Interval:
+    """Interquartile mean of all units, with its bootstrap interval.
 
     Args:
-        scores: An array of shape (S, I) for each suite.
+        scores: Shape (S, I).
         generator: Source of the resamples.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    ordered = [_ordered(stratum)[0] for stratum in _checked(scores)]
-    return _interval(_pooled_iqm(ordered), _sizes(ordered), generator, (0.0, 1.0))
+    (ordered,) = _ordered(scores)
+    return _interval(_iqm(ordered), ordered.shape, generator, (0.0, 1.0))
 
 
-def iqm_difference(scores: Strata, minus: Strata, generator: np.random.Generator) -> Interval:
+def iqm_difference(
+    scores: np.ndarray, minus: np.ndarray, generator: np.random.Generator
+) -> Interval:
     """Difference of two agents' interquartile means, paired by instance.
 
     Instances are drawn together, which takes out of the interval what is hard or easy for both.
-    Seeds are drawn for each agent on its own, since trainings of different agents share nothing.
+    Seeds are drawn for each agent on its own. Trainings with the same seed may draw the same train
+    instances; drawing the seeds apart can only make the interval wider.
 
     Args:
-        scores: An array of shape (S, I) for each suite.
+        scores: Shape (S, I).
         minus: The other agent's, shape (S', I) on the same instances.
         generator: Source of the resamples.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    pairs = _ordered_pairs(scores, minus)
-    ours, theirs = (_pooled_iqm([pair[side] for pair in pairs]) for side in (0, 1))
+    ours, theirs = _ordered(scores, minus)
+    left, right = _iqm(ours), _iqm(theirs)
 
-    def difference(*counts: np.ndarray) -> np.ndarray:
-        triples = _grouped(counts, 3)
-        left = ours(*[c for seeds, _, instances in triples for c in (seeds, instances)])
-        right = theirs(*[c for _, seeds, instances in triples for c in (seeds, instances)])
-        return np.asarray(left - right)
+    def difference(our: np.ndarray, their: np.ndarray, instances: np.ndarray) -> np.ndarray:
+        return np.asarray(left(our, instances) - right(their, instances))
 
-    return _interval(difference, _pair_sizes(pairs), generator, (-1.0, 1.0))
+    return _interval(difference, (len(ours), *theirs.shape), generator, (-1.0, 1.0))
 
 
 def performance_profile(
-    scores: Strata, thresholds: np.ndarray, generator: np.random.Generator
+    scores: np.ndarray, thresholds: np.ndarray, generator: np.random.Generator
 ) -> Band:
     """Share of units with a score above each threshold.
 
     Args:
-        scores: An array of shape (S, I) for each suite.
+        scores: Shape (S, I).
         thresholds: Shape (T,).
         generator: Source of the resamples.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    ordered = [_ordered(stratum)[0] for stratum in _checked(scores)]
+    (ordered,) = _ordered(scores)
     thresholds = np.asarray(thresholds, dtype=float)
-    above = [stratum[..., None] > thresholds for stratum in ordered]
-    value, low, high = _bounded(_pooled_mean(above), _sizes(ordered), generator, (0.0, 1.0))
+    above = _mean(ordered[..., None] > thresholds)
+    value, low, high = _bounded(above, ordered.shape, generator, (0.0, 1.0))
     return Band(thresholds, value, low, high)
 
 
-def optimality_gap(scores: Strata, generator: np.random.Generator, gamma: float = 1.0) -> Interval:
+def optimality_gap(
+    scores: np.ndarray, generator: np.random.Generator, gamma: float = 1.0
+) -> Interval:
     """Mean over units of what they lack to `gamma`: max(gamma - score, 0); lower is better.
 
     Args:
-        scores: An array of shape (S, I) for each suite.
+        scores: Shape (S, I).
         generator: Source of the resamples.
         gamma: The score beyond which no more is asked for, > 0.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    ordered = [_ordered(stratum)[0] for stratum in _checked(scores)]
-    gaps = [np.maximum(gamma - stratum, 0.0) for stratum in ordered]
-    return _interval(_pooled_mean(gaps), _sizes(ordered), generator, (0.0, gamma))
+    (ordered,) = _ordered(scores)
+    gap = _mean(np.maximum(gamma - ordered, 0.0))
+    return _interval(gap, ordered.shape, generator, (0.0, gamma))
 
 
 def probability_of_improvement(
-    scores: Strata, others: Strata, generator: np.random.Generator
+    scores: np.ndarray, others: np.ndarray, generator: np.random.Generator
 ) -> Interval:
     """Chance that a training of one agent beats one of another on an instance, a tie being half.
 
@@ -147,29 +142,23 @@ def probability_of_improvement(
     instances are drawn together and seeds for each agent on its own.
 
     Args:
-        scores: An array of shape (S, I) for each suite.
+        scores: Shape (S, I).
         others: The other agent's, shape (S', I) on the same instances.
         generator: Source of the resamples.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    pairs = _ordered_pairs(scores, others)
-    wins = []
-    for ours, theirs in pairs:
-        left, right = ours[:, None], theirs[None]
-        wins.append((left > right) + 0.5 * (left == right))  # (S, S', I)
+    ours, theirs = _ordered(scores, others)
+    left, right = ours[:, None], theirs[None]
+    won = ((left > right) + 0.5 * (left == right)).reshape(-1, ours.shape[1])  # (S * S', I)
 
-    def chance(*counts: np.ndarray) -> np.ndarray:
-        total, weight = 0.0, 0.0
-        for won, (ours, theirs, instances) in zip(wins, _grouped(counts, 3), strict=True):
-            seeds = crossed(ours, theirs)
-            by_instance = seeds @ won.reshape(-1, won.shape[-1]) / seeds.sum(1, keepdims=True)
-            total = total + (by_instance * instances).sum(axis=1)
-            weight = weight + instances.sum(axis=1)
-        return np.asarray(total / weight)
+    def chance(our: np.ndarray, their: np.ndarray, instances: np.ndarray) -> np.ndarray:
+        seeds = crossed(our, their)
+        by_instance = seeds @ won / seeds.sum(axis=1, keepdims=True)
+        return np.asarray((by_instance * instances).sum(axis=1) / instances.sum(axis=1))
 
-    return _interval(chance, _pair_sizes(pairs), generator, (0.0, 1.0))
+    return _interval(chance, (len(ours), *theirs.shape), generator, (0.0, 1.0))
 
 
 def sample_efficiency(
@@ -249,77 +238,42 @@ def _interval(
     return Interval(float(value), float(low), float(high))
 
 
-def _pooled_iqm(strata: Strata) -> Callable[..., np.ndarray]:
-    """IQM of all units as a function of the counts of seeds and instances of each stratum."""
-    units = np.concatenate([stratum.reshape(-1) for stratum in strata])
-
-    def iqm(*counts: np.ndarray) -> np.ndarray:
-        weights = [crossed(*pair) for pair in _grouped(counts, 2)]
-        return weighted_iqm(units, np.concatenate(weights, axis=1))
-
-    return iqm
+def _iqm(units: np.ndarray) -> Callable[..., np.ndarray]:
+    """IQM of units, (S, I), as a function of the counts of seeds and instances."""
+    flat = units.reshape(-1)
+    return lambda *counts: weighted_iqm(flat, crossed(*counts))
 
 
-def _pooled_mean(strata: Strata) -> Callable[..., np.ndarray]:
-    """Mean over all units, of shape (S, I, ...) in each stratum, as a function of the counts."""
-    units = np.concatenate([s.reshape(s.shape[0] * s.shape[1], *s.shape[2:]) for s in strata])
+def _mean(units: np.ndarray) -> Callable[..., np.ndarray]:
+    """Mean over units, (S, I, ...), as a function of the counts of seeds and instances."""
+    flat = units.reshape(-1, *units.shape[2:]).astype(float)
 
     def mean(*counts: np.ndarray) -> np.ndarray:
-        weights = np.concatenate([crossed(*pair) for pair in _grouped(counts, 2)], axis=1)
-        total = weights.sum(axis=1).reshape(-1, *[1] * (units.ndim - 1))
-        return np.asarray(weights @ units.astype(float) / total)
+        weights = crossed(*counts)
+        total = weights.sum(axis=1).reshape(-1, *[1] * (flat.ndim - 1))
+        return np.asarray(weights @ flat / total)
 
     return mean
 
 
-def _grouped(counts: Sequence[np.ndarray], size: int) -> list[tuple[np.ndarray, ...]]:
-    """Counts of all factors, split by stratum."""
-    return [tuple(counts[start : start + size]) for start in range(0, len(counts), size)]
-
-
-def _sizes(strata: Strata) -> list[int]:
-    return [n for stratum in strata for n in stratum.shape[:2]]
-
-
-def _pair_sizes(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[int]:
-    return [n for ours, theirs in pairs for n in (len(ours), *theirs.shape)]
-
-
 def _ordered(*agents: np.ndarray) -> list[np.ndarray]:
-    """One stratum of each agent in canonical order, the instances in one order for all."""
-    stacked = np.concatenate(agents)
-    sides = np.repeat(np.arange(len(agents)), [len(agent) for agent in agents])
-    rows, columns = canonical_order(stacked, sides)
+    """Scores of each agent, checked, in canonical order: the instances in one order for all."""
+    checked = [np.asarray(scores, dtype=float) for scores in agents]
+    for scores in checked:
+        if scores.ndim != 2 or not scores.size:
+            raise ValueError(
+                "scores must be an array of shape (seeds, instances) that is not empty, got shape "
+                f"{scores.shape}"
+            )
+        _refuse_scores_outside(scores)
+    counts = [scores.shape[1] for scores in checked]
+    if len(set(counts)) > 1:
+        raise ValueError(f"both agents must have the same instances, got {counts}")
+    sizes = [len(scores) for scores in checked]
+    stacked = np.concatenate(checked)
+    rows, columns = canonical_order(stacked, np.repeat(np.arange(len(sizes)), sizes))
     ordered = stacked[rows][:, columns]
-    ends = np.cumsum([len(agent) for agent in agents])[:-1]
-    return [np.ascontiguousarray(part) for part in np.split(ordered, ends)]
-
-
-def _ordered_pairs(scores: Strata, others: Strata) -> list[tuple[np.ndarray, np.ndarray]]:
-    ours, theirs = _checked(scores), _checked(others)
-    if [s.shape[1] for s in ours] != [s.shape[1] for s in theirs]:
-        raise ValueError(
-            "both agents must have the same suites with the same instances, got "
-            f"{[s.shape[1] for s in ours]} and {[s.shape[1] for s in theirs]} instances"
-        )
-    pairs = []
-    for left, right in zip(ours, theirs, strict=True):
-        first, second = _ordered(left, right)
-        pairs.append((first, second))
-    return pairs
-
-
-def _checked(scores: Strata) -> list[np.ndarray]:
-    strata: list[Any] = [np.asarray(stratum, dtype=float) for stratum in scores]
-    shapes = [stratum.shape for stratum in strata]
-    if not strata or any(len(shape) != 2 or 0 in shape for shape in shapes):
-        raise ValueError(
-            "scores must be a list with an array of shape (seeds, instances) for each suite, none "
-            f"empty, got shapes {shapes}"
-        )
-    for stratum in strata:
-        _refuse_scores_outside(stratum)
-    return strata
+    return [np.ascontiguousarray(part) for part in np.split(ordered, np.cumsum(sizes)[:-1])]
 
 
 def _refuse_scores_outside(scores: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from agents.run_folder import provenance, write_text
 from asg_env.validation import ConfigError
 
 TABLE, MANIFEST = "table.csv", "manifest.json"
+SELECTION = "selection.json"  # of a trial: the last thing that it writes
+# What two benchmark files must agree in for their results to stand in one table.
+COMMON_SETTINGS = ("episodes", "seed", "tuning_instances", "env")
 COLUMNS = (
     "suite",
     "suite_version",
@@ -33,52 +36,79 @@ COLUMNS = (
 FORMAT = 1  # of table and manifest; raise when a column changes its meaning
 
 
-def open_table(benchmark: Benchmark, root: Path) -> None:
-    """Start the manifest, or check that the table is of these versions of the suites.
+def check_table(benchmark: Benchmark, root: Path) -> dict[str, str]:
+    """Return the versions of all suites of the table, those of this benchmark added.
 
     Raises:
-        ConfigError: It holds results of another version of a suite, or is damaged.
+        ConfigError: The table is of another version of a suite, or of another budget, so that
+            results cannot stand side by side; or its manifest is damaged.
     """
     path, versions = root / MANIFEST, benchmark.versions()
-    known: dict[str, str] = {}
-    if path.exists():
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            known, written = dict(manifest["suites"]), manifest["format"]
-        except (ValueError, TypeError, KeyError):
+    if not path.exists():
+        return versions
+    manifest = read_manifest(root)
+    settings, known = benchmark.settings.model_dump(), manifest["suites"]
+    for name in COMMON_SETTINGS:
+        before = manifest["settings"].get(name)
+        if before != settings[name]:
             raise ConfigError(
-                f"{path} is no manifest of a benchmark; restore it, or choose another --out"
-            ) from None
-        if written != FORMAT:
-            raise ConfigError(
-                f"{path} is of format {written}, this version writes {FORMAT}; choose another --out"
+                f"`{name}` must be {before} as in the other results in {root}, which would not be "
+                f"comparable, got {settings[name]}; set it so, or choose another --out"
             )
-        for name, version in versions.items():
-            if known.get(name, version) != version:
-                raise ConfigError(
-                    f"{root / TABLE} holds results of suite {name} in version {known[name]}, this "
-                    f"is version {version}; results of two versions are not compared: choose "
-                    "another --out"
-                )
+    for name, version in versions.items():
+        if known.get(name, version) != version:
+            raise ConfigError(
+                f"{root / TABLE} holds results of suite {name} in version {known[name]}, this "
+                f"is version {version}; results of two versions are not compared: choose "
+                "another --out"
+            )
+    return {**known, **versions}
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Return what the manifest of a benchmark holds.
+
+    Raises:
+        ConfigError: It is missing, damaged, or of another format.
+    """
+    path = root / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        written = manifest["format"]
+        dict(manifest["suites"]), dict(manifest["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{path} is no manifest of a benchmark; restore it, or choose another --out"
+        ) from None
+    if written != FORMAT:
+        raise ConfigError(
+            f"{path} is of format {written}, this version writes {FORMAT}; choose another --out"
+        )
+    return manifest
+
+
+def write_manifest(benchmark: Benchmark, suites: Mapping[str, str], root: Path) -> None:
+    """Write what the table is of: columns, versions of suites, settings, provenance."""
     values = {
         "format": FORMAT,
         "columns": COLUMNS,
-        "suites": {**known, **versions},
+        "suites": dict(suites),
         "settings": benchmark.settings.model_dump(),
         "provenance": provenance(),
     }
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_text(root / MANIFEST, json.dumps(values, indent=2) + "\n")
 
 
 def read_results(root: Path) -> list[dict[str, Any]]:
-    """Return what every trial wrote, in the order of their paths.
+    """Return what every finished trial wrote, in the order of their paths.
 
     Raises:
         ConfigError: A file is damaged.
     """
     found = []
     for path in sorted(root.glob("*/*/seed-*/test-*.json")):
+        if not (path.parent / SELECTION).exists():
+            continue
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["results"], values["suite_version"]

@@ -206,7 +206,7 @@ def _export(
             pool,
             scale,
             episodes,
-            deterministic=acts_greedily(run) if greedy is None else greedy,
+            deterministic=acts_greedily(run, training_seed) if greedy is None else greedy,
             training_seed=training_seed,
         )
     if schedule.episodes < episodes:

@@ -91,7 +91,7 @@ def fit_command(
             raise ConfigError(f"{controller} was trained on {run.experiment.task}, got {task}")
         start = run.experiment.env.model_dump(exclude_none=True)
         policy = policy_of_seed(run, training_seed)
-        greedy = acts_greedily(run) if greedy is None else greedy
+        greedy = acts_greedily(run, training_seed) if greedy is None else greedy
     settings = env_settings(task, overrides or (), start)
     if policy is not None:
         _check_unchanged(

@@ -14,7 +14,7 @@ from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import numpy_generator
 
 SUMMARY_SEED = 0  # of resamples
-FEW_UNITS = 20  # below it an interval covers less than its name says
+FEW_UNITS = 20  # below it an interval is a rough one
 # Key of a row and heading in the Markdown.
 COLUMNS = (
     ("accuracy", "target {metric}"),
@@ -242,7 +242,7 @@ def _caption(about: Mapping[str, Any]) -> str:
         "[n ...] are left. Seconds are of one training on one thread."
     )
     if about["seeds"] < FEW_UNITS:
-        text += f" With {about['seeds']} instances the intervals cover less than their name says."
+        text += f" With {about['seeds']} instances the intervals are rough ones."
     return text
 
 

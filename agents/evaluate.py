@@ -7,6 +7,7 @@ image is looked at.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,7 @@ from agents.run_folder import RunFolder, is_imported, training_cost
 from agents.search import (
     Scorer,
     SearchResult,
-    search_static,
-    train_instances,
+    search,
     tune,
     tuning_instances,
 )
@@ -35,6 +35,7 @@ from asg_env.validation import ConfigError
 
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 CONTROLLER_ROWS = {False: "controller (sampled)", True: "controller (greedy)"}
+MODE = "mode.json"  # what a benchmark chose, in the folder of a training seed
 MODE_INSTANCES = 8  # train instances on which greedy or sampled actions are chosen
 
 
@@ -163,7 +164,7 @@ class Evaluation:
         experiment = self._experiment
         listed = published_test_instances(experiment.task, experiment.env.instances)[:count]
         mode = "greedy" if greedy else "sampled"
-        name = f"{self._run.path.name} ({experiment.agent.kind}, {mode})"
+        name = f"{self._run.path.name} ({Path(experiment.agent.kind).name}, {mode})"
         setting = "reward " + reward_in_words(experiment)
         return self._policy_row(
             name, policies, listed, greedy, training_cost(self._run.seed_folder(0)), setting
@@ -239,7 +240,7 @@ class Evaluation:
         rows = [
             self._controller_row(
                 "static search",
-                "; ".join(_vector(f.vector) for f in found),
+                "; ".join(one.setting for one in found),
                 [Static(f.vector) for f in found],
                 listed,
                 found[0],
@@ -252,7 +253,7 @@ class Evaluation:
         rows += [
             self._controller_row(
                 f"static, scale known ({label})",
-                _vector(known.vector),
+                known.setting,
                 [KnownScale(known.vector, clip)],
                 listed,
                 known,
@@ -275,8 +276,8 @@ class Evaluation:
         budget = experiment.search_episodes
         self._report(f"static search over {budget} episodes ({file})")
         seed = derive_seed(EVALUATION_SEED, "search", instances, experiment.seed + index)
-        scorer = Scorer(self._pool, train_instances(experiment.task, instances, seed, 108))
-        result = search_static(scorer, experiment.env.grid, self._groups, budget, seed)
+        grid = experiment.env.grid
+        result = search(self._pool, experiment.task, instances, grid, self._groups, budget, seed)
         self._run.write_json(file, result.__dict__)
         return result
 
@@ -380,20 +381,26 @@ def reads_real_labels(experiment: Experiment) -> bool:
     return "outer_valid" in Reward(experiment.env.reward).splits
 
 
-def acts_greedily(run: RunFolder) -> bool:
+def acts_greedily(run: RunFolder, training_seed: int = 0) -> bool:
     """Whether a run's controller takes its likeliest actions: what its comparison chose.
 
-    True before any comparison, as for a run whose reward reads no real label; but False for an
-    imported policy of the original, which drew its actions.
+    Of a run that is part of a benchmark, what the benchmark chose for this training seed. True
+    before either, as for a run whose reward reads no real label; but False for an imported policy
+    of the original, which drew its actions.
 
     Raises:
-        ConfigError: `results.json` is damaged.
+        ConfigError: The file that says it is damaged.
     """
-    path = run.path / "results.json"
+    compared, chosen = run.path / "results.json", run.seed_folder(training_seed) / MODE
+    path = compared if compared.exists() else chosen
     if not path.exists():
         return not is_imported(run)
     try:
-        primary = json.loads(path.read_text(encoding="utf-8"))["protocol"]["primary"]
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if path == chosen:
+            primary = CONTROLLER_ROWS[values["greedy"]]
+        else:
+            primary = values["protocol"]["primary"]
         return {row: greedy for greedy, row in CONTROLLER_ROWS.items()}[primary]
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
@@ -403,7 +410,3 @@ def acts_greedily(run: RunFolder) -> bool:
 
 def _by_seed(results: list[TestResult], count: int) -> list[list[TestResult]]:
     return [results[i : i + count] for i in range(0, len(results), count)]
-
-
-def _vector(vector: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{m:g}" for m in vector) + ")"

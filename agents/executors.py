@@ -45,8 +45,12 @@ def run_in_pool(
             broken = False
             while (waiting or running) and not broken:
                 while waiting and len(running) < workers:
-                    trial = waiting.pop(0)
-                    running[pool.submit(_work, (benchmark, trial, root))] = trial
+                    try:
+                        started = pool.submit(_work, (benchmark, waiting[0], root))
+                    except BrokenProcessPool:  # since the last look
+                        broken = True
+                        break
+                    running[started] = waiting.pop(0)
                 done, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
                 tick()
                 for future in done:
@@ -87,7 +91,7 @@ def run_on_ray(
     Raises:
         ConfigError: Ray is not installed.
     """
-    ray = _import_ray()
+    ray = import_ray()
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
@@ -103,7 +107,8 @@ def run_on_ray(
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayTaskError as failed:
-                    error = failed.cause if failed.cause is not None else failed
+                    error = failed if failed.cause is None else failed.cause
+                    error.add_note(failed.traceback_str)  # the cause has come without its own
                 except ray.exceptions.RayError as failed:  # its process or machine died
                     error = failed
                 yield running.pop(reference), error
@@ -112,7 +117,12 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         import ray
         import ray.exceptions

@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -18,11 +19,11 @@ from asg_env.build import prepare_variants, task_of
 from asg_env.config import EnvSettings
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
+from asg_env.user_code import absolute, is_user_code, load, load_module
 from asg_env.validation import ConfigError, Settings, validate
 from asg_env.yaml_files import parse_yaml, read_yaml
 
-# `agent.kind` -> its module, imported when asked for, and in it the settings class. Each module
-# has `Learner`, `CHECKPOINT` and `load_policy`.
+# `agent.kind` -> its module, imported when asked for, and in it the settings class.
 AGENTS: dict[str, tuple[str, str]] = {
     "reinforce": ("agents.reinforce", "ReinforceSettings"),
     "sequence-ppo": ("agents.sequence_ppo", "SequencePPOSettings"),
@@ -37,6 +38,9 @@ AGENTS: dict[str, tuple[str, str]] = {
     "crossq": ("agents.sb3", "CrossQSettings"),
     "ars": ("agents.sb3", "ARSSettings"),
 }
+# What each module, and each settings class, must have (docs/algorithms.md, An agent of your own).
+AGENT_PARTS = ("Learner", "CHECKPOINT", "load_policy")
+SETTINGS_PARTS = ("kind", "updates", "episodes")
 
 MAX_WORKERS = 256  # processes; more are a slip of the keyboard
 
@@ -73,13 +77,10 @@ class Experiment:
             )
         agent = _section(values, "agent")
         kind = agent.get("kind")
-        if not isinstance(kind, str) or kind not in AGENTS:
-            raise ConfigError(
-                f"`agent.kind` must be one of {', '.join(AGENTS)}, got {kind!r}; set agent.kind"
-            )
-        module, settings = AGENTS[kind]
-        self.agent_module = import_module(module)
-        self.agent = validate(getattr(self.agent_module, settings), agent, "agent")
+        if isinstance(kind, str) and is_user_code(kind):
+            agent["kind"] = absolute(kind)
+        self.agent_module, settings = _find_agent(agent.get("kind"))
+        self.agent = validate(settings, agent, "agent")
         self.train = validate(TrainSettings, _section(values, "train"), "train")
         if 0 < self.search_episodes < FIRST_RUNG:  # now, not after the training
             raise ConfigError(
@@ -151,6 +152,42 @@ class Experiment:
         if self.train.search_episodes is not None:
             return self.train.search_episodes
         return int(self.agent.episodes)
+
+
+def _find_agent(kind: Any) -> tuple[ModuleType, type[Any]]:
+    """Return the module of an agent and its settings class.
+
+    Raises:
+        ConfigError: There is no such agent, or the user's file does not hold what an agent needs.
+    """
+    if not isinstance(kind, str) or (kind not in AGENTS and not is_user_code(kind)):
+        raise ConfigError(
+            f"`agent.kind` must be one of {', '.join(AGENTS)}, or FILE.py:NAME, got {kind!r}; set "
+            "agent.kind"
+        )
+    if kind in AGENTS:
+        module_name, name = AGENTS[kind]
+        module = import_module(module_name)
+        return module, getattr(module, name)
+    try:
+        module, settings = load_module(kind), load(kind)
+    except ValueError as error:
+        raise ConfigError(f"`agent.kind` {error}; mend it") from None
+    file, _, name = kind.rpartition(":")
+    if not isinstance(settings, type) or not issubclass(settings, Settings):
+        raise ConfigError(
+            f"`agent.kind` must name a subclass of asg_env.validation.Settings, {name} of {file} "
+            "is none; mend it"
+        )
+    known = {*dir(settings), *settings.model_fields}
+    missing = [f"{name} of {file} has no {part}" for part in SETTINGS_PARTS if part not in known]
+    missing += [f"{file} has no {part}" for part in AGENT_PARTS if not hasattr(module, part)]
+    if missing:
+        raise ConfigError(
+            f"`agent.kind` must name settings with {', '.join(SETTINGS_PARTS)} in a file with "
+            f"{', '.join(AGENT_PARTS)}; {missing[0]}, add it"
+        )
+    return module, settings
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

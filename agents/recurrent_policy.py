@@ -31,6 +31,11 @@ class Layout:
     per_group: tuple[tuple[int, ...], ...]
     actions: int
 
+    @property
+    def width(self) -> int:
+        """Entries of an observation, D."""
+        return len(self.shared) + sum(map(len, self.per_group))
+
     @classmethod
     def of(
         cls,
@@ -60,6 +65,8 @@ class Layout:
 
 class RecurrentNetwork(Protocol):
     """A network that chooses for every layer group, from a sequence of observations."""
+
+    layout: Layout
 
     def initial_state(self, rows: int) -> Tensor:
         """Return zeros, shape (2, rows, W): h, then c."""
@@ -122,8 +129,13 @@ class RecurrentPolicy:
 
         Returns:
             Actions of shape (G,) or (N, G), int64, and the next state.
+
+        Raises:
+            ValueError: Observations are of another width than those that the network learned from.
         """
-        rows = np.atleast_2d(observation)
+        rows, width = np.atleast_2d(observation), self.network.layout.width
+        if rows.shape[1] != width:
+            raise ValueError(f"observations must have {width} entries, got {rows.shape[1]}")
         if state is None:
             state = np.stack([self.network.initial_state(1)[:, 0].numpy()] * len(rows))
         if episode_start is not None:

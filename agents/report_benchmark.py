@@ -1,11 +1,24 @@
 """A benchmark folder as a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.benchmark_results import figures, ordered, title, verdict, warnings
-from agents.benchmark_table import MANIFEST
+from agents.benchmark import Benchmark, BenchmarkSettings
+from agents.benchmark_results import (
+    TRANSFER,
+    figure_prefix,
+    figures,
+    kinds_table,
+    metric_in_words,
+    ordered,
+    summarise_benchmark,
+    title,
+    verdict,
+    warnings,
+    without_curve,
+)
+from agents.benchmark_table import MANIFEST, SELECTION, read_manifest, read_results
 from agents.report_controllers import Judged, controller_section
 from agents.report_files import provenance_facts, read_json, whole
 from agents.report_page import (
@@ -18,17 +31,17 @@ from agents.report_page import (
     interval,
     number,
 )
-from agents.trials import test_file
-from asg_env.validation import ConfigError
+from agents.trials import is_done, test_file
+from asg_env.validation import ConfigError, validate
 from asg_env.yaml_files import read_yaml
 
 KEYS = ("suites", "comparisons", "sample_efficiency", "episodes", "seeds", "test_instances")
 # Of a comparison, by the end of its file's name: title and caption.
 PICTURES = {
-    "iqm": ("Test accuracy", "Interquartile mean and 95 % interval."),
+    "iqm": ("Test {metric}", "Interquartile mean and 95 % interval."),
     "profiles": (
         "Performance profiles",
-        "Share of runs above each accuracy: learned agents and the three best others.",
+        "Share of runs above each {metric}: learned agents and the three best others.",
     ),
     "improvement": (
         "Probability of improvement",
@@ -43,24 +56,35 @@ PICTURES = {
 
 
 def benchmark_page(root: Path, name: str) -> Page:
-    """Collect the report of a finished benchmark.
+    """Collect the report of a benchmark; of one that was interrupted, what there is.
 
     Args:
         root: Its folder.
         name: What to call it.
 
     Raises:
-        ConfigError: It is not finished, or a file is damaged.
+        ConfigError: Nothing is judged yet, or a file is damaged.
     """
     path = root / "results.json"
     again = f"repeat it with `asg benchmark` --out {root} --resume"
-    if not path.is_file():
-        raise ConfigError(f"{root} holds a benchmark that is not finished; {again}")
-    manifest = read_json(root / MANIFEST, (), "restore it from a copy")
-    summary = read_json(path, KEYS, again)
+    manifest = read_manifest(root)
+    about = "Learned learning-rate controllers beside tuned baselines, with equal budgets."
+    if path.is_file():
+        summary = read_json(path, KEYS, again)
+    else:
+        benchmark = _benchmark(root, manifest)
+        with whole(root, again):
+            summary = summarise_benchmark(read_results(root), benchmark, root)
+        trials = benchmark.trials()
+        done = sum(is_done(benchmark, trial, root) for trial in trials)
+        about += f" {done} of {len(trials)} trials are finished; the numbers are of what is there."
+        path = root
     with whole(path, again):
         if not summary["comparisons"]:
-            raise ConfigError(f"{root} holds a benchmark without results; {again}")
+            raise ConfigError(
+                f"{root} holds a benchmark of which nothing is judged yet; go on with "
+                f"`asg benchmark NAME --out {root} --resume`"
+            )
         drawn = figures(summary)
         sections = [_comparison(one, summary, drawn) for one in summary["comparisons"]]
         sections += _others(summary, drawn)
@@ -77,30 +101,50 @@ def benchmark_page(root: Path, name: str) -> Page:
             ("Interval", str(summary.get("interval", ""))),
             *provenance_facts(manifest.get("provenance")),
         ]
-    about = "Learned learning-rate controllers beside tuned baselines, with equal budgets."
     return Page(name, about, [(key, value) for key, value in facts if value], sections)
+
+
+def _benchmark(root: Path, manifest: Mapping[str, Any]) -> Benchmark:
+    """Return the benchmark that a folder was last worked at with."""
+    try:
+        return Benchmark(validate(BenchmarkSettings, manifest["settings"], "settings"))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{root / MANIFEST} holds settings that cannot be used: {error}"
+        ) from None
 
 
 def _comparison(
     comparison: Mapping[str, Any], summary: Mapping[str, Any], drawn: Mapping[str, Any]
 ) -> Section:
-    name = title(dict(comparison))
+    name, metric = title(comparison), metric_in_words([comparison])
     own = comparison["suite"] == comparison["tested_on"]
     heading = f"Results on {name}" if own else f"{name[0].upper()}{name[1:]}"
-    section = Section(heading, [verdict(dict(comparison))])
+    section = Section(heading, [verdict(comparison)])
     section.warnings = [
-        *warnings(dict(comparison), summary["seeds"]),
+        *warnings(comparison, summary["seeds"]),
         *_missing(comparison, summary["seeds"]),
     ]
-    section.table = _table(comparison)
-    where = comparison["suite"]
-    if comparison["tested_on"] != where:
-        where += f"-to-{comparison['tested_on']}"
-    for kind, (shows, caption) in PICTURES.items():
-        if f"{where}-{kind}" in drawn:
-            figure = drawn[f"{where}-{kind}"]
+    section.table = _table(comparison, metric)
+    for kind, texts in PICTURES.items():
+        figure = drawn.get(f"{figure_prefix(comparison)}-{kind}")
+        if figure is not None:
+            shows, caption = (text.format(metric=metric) for text in texts)
             section.pictures.append(Picture(figure, shows, caption, f"{shows}, {name}"))
+    heads, cells = kinds_table(comparison)
+    if heads:
+        text = (
+            f"Test {metric} (IQM) of each kind of instance alone, in brackets how many there are. "
+            "The IQM of all drops the worst quarter, so a failure on one kind can hide in it."
+        )
+        rows = [_row(entry, cells[entry["method"]]) for entry in ordered(comparison)]
+        table = Table(f"Kinds of instance, {name}; the best method first", heads, rows)
+        section.sections.append(Section("By kind of instance", [text], table=table))
     return section
+
+
+def _row(entry: Mapping[str, Any], cells: Sequence[str]) -> TableRow:
+    return TableRow(entry["method"], entry["kind"] == "agent", cells)
 
 
 def _missing(comparison: Mapping[str, Any], seeds: int) -> list[str]:
@@ -113,15 +157,15 @@ def _missing(comparison: Mapping[str, Any], seeds: int) -> list[str]:
     ]
 
 
-def _table(comparison: Mapping[str, Any]) -> Table:
+def _table(comparison: Mapping[str, Any], metric: str) -> Table:
     best = comparison["best"]["agent"]
-    heads = ["method", "test accuracy (IQM)", "95 % interval"]
+    heads = ["method", f"test {metric} (IQM)", "95 % interval"]
     if best is not None:
         heads += [f"{best} minus this", f"chance that {best} is better"]
     heads += ["mean", "diverged", "n (seeds × instances)", "retention", "optimality gap"]
     heads += ["episodes", "inner steps", "on train instances", "setting"]
     rows = []
-    for entry in ordered(dict(comparison)):
+    for entry in ordered(comparison):
         seeds, instances, cost = entry["seeds"], entry["instances"], entry["cost"]
         cells = [number(entry["iqm"]["value"]), interval(entry["iqm"])]
         if best is not None:
@@ -140,28 +184,34 @@ def _table(comparison: Mapping[str, Any]) -> Table:
             number(entry["on_train_instances"]),
             "; ".join(entry["settings"]),
         ]
-        rows.append(TableRow(entry["method"], entry["kind"] == "agent", cells))
-    return Table(f"Methods, {title(dict(comparison))}; the best first", heads, rows)
+        rows.append(_row(entry, cells))
+    return Table(f"Methods, {title(comparison)}; the best first", heads, rows)
 
 
 def _others(summary: Mapping[str, Any], drawn: Mapping[str, Any]) -> list[Section]:
     """Sample efficiency and transfer."""
+    trained = summary["sample_efficiency"]
+    metric = metric_in_words(c for c in summary["comparisons"] if c["tested_on"] in trained)
     learning = Section(
         "Sample efficiency",
         [
-            "Accuracy on real validation images at the end of training episodes, against the inner "
-            "steps spent on training: the interquartile mean over training seeds with its interval."
+            f"{metric[0].upper()}{metric[1:]} on real validation images at the end of training "
+            "episodes, against the inner steps spent on training: the interquartile mean over "
+            "training seeds with its interval."
         ],
     )
-    for suite in summary["sample_efficiency"]:
+    missing = without_curve(summary)
+    learning.text += [missing] if missing else []
+    for suite in trained:
         if f"{suite}-efficiency" in drawn:
             figure = drawn[f"{suite}-efficiency"]
             learning.pictures.append(Picture(figure, f"Sample efficiency on {suite}"))
     transfer = Section("Transfer", ["Agents on suites that they were not trained on."])
-    if "transfer" in drawn:
+    if TRANSFER in drawn:
         caption = "A dash: an agent that cannot act there."
-        transfer.pictures.append(Picture(drawn["transfer"], "Transfer matrix", caption))
-    return [section for section in (learning, transfer) if section.pictures]
+        transfer.pictures.append(Picture(drawn[TRANSFER], "Transfer matrix", caption))
+    shown = [learning] if learning.pictures or missing else []
+    return [*shown, transfer] if transfer.pictures else shown
 
 
 def _controllers(root: Path, comparison: Mapping[str, Any]) -> Section:
@@ -175,7 +225,7 @@ def _controllers(root: Path, comparison: Mapping[str, Any]) -> Section:
     if best["baseline"] is not None:
         rival, _ = _judged(root, suite, best["baseline"])
         section.text.append(f"Dashed curves: {rival.name}, the best baseline by train instances.")
-    learned = [e["method"] for e in ordered(dict(comparison)) if e["kind"] == "agent"]
+    learned = [e["method"] for e in ordered(comparison) if e["kind"] == "agent"]
     for method in sorted(learned, key=lambda name: name != best["agent"]):
         shown, groups = _judged(root, suite, method)
         if not shown.episodes:
@@ -183,7 +233,9 @@ def _controllers(root: Path, comparison: Mapping[str, Any]) -> Section:
         env = read_yaml(root / suite / method / "config.yaml").get("env", {})
         of = str(env.get("optimizer", "sgd"))
         with whole(root / suite / method, "repeat the benchmark"):
-            part = controller_section(shown, f"{method} on {suite}", groups, rival, of)
+            part = controller_section(
+                shown, f"{method} on {suite}", groups, rival, of, metric_in_words([comparison])
+            )
         part.folded = method != best["agent"]
         section.sections.append(part)
     return section
@@ -197,7 +249,7 @@ def _judged(root: Path, suite: str, method: str) -> tuple[Judged, list[str]]:
     seeds = 0
     for folder in sorted((root / suite / method).glob("seed-*")):
         path = test_file(folder, suite)
-        if path.is_file():
+        if path.is_file() and (folder / SELECTION).is_file():  # finished, as all in the tables
             values = read_json(path, ("results",), again)
             episodes += values["results"]
             groups = values.get("layer_groups", [])

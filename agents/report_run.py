@@ -47,7 +47,7 @@ def run_page(folder: Path, name: str) -> Page:
         metric = IN_WORDS[env.get("metric", "accuracy")]
         facts = [
             ("Task", f"{env['id']}, instances {env['instances']}, optimizer {env['optimizer']}"),
-            ("Agent", f"{agent['kind']}, observation {env['observation']}"),
+            ("Agent", f"{Path(agent['kind']).name}, observation {env['observation']}"),
         ]
     sections = []
     if judged:

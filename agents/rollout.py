@@ -37,7 +37,8 @@ class Episode:
             shape (T,); empty if never read.
         diverged: Whether the training diverged.
         inner_steps: Inner steps taken.
-        validation_images: Validation images that the episode evaluated, resets included.
+        validation_images: Validation images that the episode evaluated: those of the reset, and
+            what a hand-made controller looked at by itself, included.
     """
 
     instance: Instance
@@ -91,6 +92,7 @@ def _run(
     act: Callable[[np.ndarray, bool], tuple[np.ndarray, Any]],
 ) -> Episode:
     observation, info = env.reset(options={"instance": instance})
+    before = env.trainer.images_evaluated - env.images_per_measurement
     rows: list[tuple[Any, ...]] = []
     terminated = False
     while not terminated:
@@ -125,7 +127,7 @@ def _run(
         accuracy if rows[0][-1] is not None else np.empty(0),
         info["diverged"],
         info["inner_step"],
-        env.images_per_measurement * (len(rows) + 1 - int(info["diverged"])),
+        env.trainer.images_evaluated - before,
     )
 
 

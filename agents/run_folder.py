@@ -74,8 +74,9 @@ class RunFolder:
         """Write what a run folder begins with."""
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
-        write_text(path / "config.yaml", yaml.safe_dump(experiment.to_dict(), sort_keys=False))
-        return cls(path, experiment)
+        run = cls(path, experiment)
+        run.write_config()
+        return run
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -108,6 +109,11 @@ class RunFolder:
             raise ConfigError(
                 f"{path} cannot be written ({error.strerror}); make the folder writable"
             ) from None
+
+    def write_config(self) -> None:
+        """Write the resolved experiment."""
+        values = yaml.safe_dump(self.experiment.to_dict(), sort_keys=False)
+        write_text(self.path / "config.yaml", values)
 
     def seed_folder(self, index: int) -> Path:
         """Folder of one training seed."""

@@ -152,7 +152,7 @@ class Learner:
         Raises:
             ValueError: `folder` is None, and evaluations or kept models are asked for.
         """
-        counted = CountedEnvs(envs)
+        counted = CountedEnvs(envs, self._env.metric)
         trained_on: VecEnv = counted
         if self._normaliser is not None:
             self._normaliser.venv = counted  # it keeps its statistics

@@ -12,6 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
 from asg_env.config import EnvSettings
+from asg_env.core.evaluation import Metric
 from asg_env.env import LayerwiseLREnv
 
 
@@ -56,9 +57,10 @@ class CountedEnvs(VecEnvWrapper):
     are on, because environments in this process train: ARS steps them without.
     """
 
-    def __init__(self, envs: VecEnv) -> None:
+    def __init__(self, envs: VecEnv, metric: Metric = "accuracy") -> None:
         super().__init__(envs)
         self._images_each = envs.get_attr("images_per_measurement")[0]
+        self._metric = f"{metric}/outer_valid"
         self.begin(0)
 
     def begin(self, seed: int) -> None:
@@ -66,7 +68,7 @@ class CountedEnvs(VecEnvWrapper):
         self._reset_seed = seed
         self.returns: list[float] = []
         self.lengths: list[int] = []  # [env steps]
-        self.accuracies: list[float] = []  # outer_valid at the end, 0 where it is not read
+        self.accuracies: list[float] = []  # metric on outer_valid at the end, 0 if it is not read
         self.diverged: list[bool] = []
         self.inner_steps = 0
         self.env_steps = 0
@@ -98,7 +100,7 @@ class CountedEnvs(VecEnvWrapper):
             if "episode" in info:  # Monitor's; the environment has been reset since
                 self.returns.append(float(info["episode"]["r"]))
                 self.lengths.append(int(info["episode"]["l"]))
-                self.accuracies.append(float(info.get("accuracy/outer_valid", 0.0)))
+                self.accuracies.append(float(info.get(self._metric, 0.0)))
                 self.diverged.append(bool(info["diverged"]))
                 self._measurements += 1
                 self._before[row] = 0

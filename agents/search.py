@@ -16,6 +16,7 @@ from asg_env.validation import ConfigError
 KEPT = 3  # of so many candidates one goes on to the next rung
 FIRST_RUNG = 4  # train instances per candidate in the first rung
 RUNGS = 4  # at most; 4, 12, 36 and 108 instances
+LAST_RUNG = FIRST_RUNG * KEPT ** (RUNGS - 1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class SearchResult:
     episodes: int
     inner_steps: int
     validation_images: int
+
+    @property
+    def setting(self) -> str:
+        """The vector for people."""
+        return "(" + ", ".join(f"{m:g}" for m in self.vector) + ")"
 
 
 def run_to_score(env: LayerwiseLREnv, controller: Controller, instance: Instance) -> Episode:
@@ -114,6 +120,20 @@ def tune(
     scorer = Scorer(pool, listed)
     scores = scorer.score(candidates, len(listed))
     return max(scores, key=lambda name: scores[name]), scorer
+
+
+def search(
+    pool: RolloutPool,
+    task: str,
+    instances: InstanceSet,
+    grid: GridName,
+    groups: int,
+    budget: int,
+    seed: int,
+) -> SearchResult:
+    """Search on train instances that follow from the seed; see `search_static`."""
+    scorer = Scorer(pool, train_instances(task, instances, seed, LAST_RUNG))
+    return search_static(scorer, grid, groups, budget, seed)
 
 
 def search_static(

@@ -13,9 +13,12 @@ from agents.experiment import Experiment
 from agents.policy import Policy
 from agents.rollout import RolloutPool, run_controller
 from agents.run_folder import RunFolder, write_text
+from asg_env.config import EnvSettings
 from asg_env.instances import Instance
 from asg_env.validation import ConfigError
 
+# What every update of an agent reports, beside what is its own.
+METRICS = ("episodes", "return", "accuracy", "entropy", "inner_steps", "validation_images")
 Progress = Callable[[int, int, dict[str, float]], None]  # (seed index, update, metrics)
 
 
@@ -75,6 +78,12 @@ def train_seed(run: RunFolder, index: int, progress: Progress, workers: int) -> 
     ):
         for update, values in learner.train(start):
             seconds = time.perf_counter() - began
+            missing = [name for name in METRICS if name not in values]
+            if missing:  # of an agent of one's own
+                raise ConfigError(
+                    f"the metrics of agent {experiment.agent.kind} must hold {', '.join(METRICS)}, "
+                    f"got none called {missing[0]}; let its `train` yield it"
+                )
             lines.write(
                 json.dumps({"update": update, **values, "seconds": round(seconds, 3)}) + "\n"
             )
@@ -115,21 +124,25 @@ def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str
     Returns:
         Minutes for `training` and `comparison`, and `seconds_per_episode` of one worker.
     """
-    groups = len(experiment.layer_groups)
     workers = experiment.train.workers
     # PPO trains on processes of its own, as many as the cores can feed.
     own = getattr(experiment.agent, "environments", workers)
     trainers = min(own, os.cpu_count() or 1) if own != workers else workers
-    instance = Instance(experiment.task, head_seed=0, data_seed=0)
-    job = (Static((0.01,) * groups), instance)
-    with RolloutPool(experiment.task, experiment.env, workers) as pool:
-        list(pool.map(run_controller, [job] * workers))  # warm-up
-        began = time.perf_counter()
-        list(pool.map(run_controller, [job] * (2 * workers)))
-        seconds = (time.perf_counter() - began) / 2
+    groups = len(experiment.layer_groups)
+    seconds = seconds_per_episode(experiment.task, experiment.env, groups, workers)
     training = experiment.agent.episodes * experiment.train.seeds
     return {
         "training": training * seconds / trainers / 60,
         "comparison": baseline_episodes * seconds / workers / 60,
         "seconds_per_episode": seconds,
     }
+
+
+def seconds_per_episode(task: str, settings: EnvSettings, groups: int, workers: int) -> float:
+    """Seconds that an episode takes a worker when all are at work, by a few real ones."""
+    job = (Static((0.01,) * groups), Instance(task, head_seed=0, data_seed=0))
+    with RolloutPool(task, settings, workers) as pool:
+        list(pool.map(run_controller, [job] * workers))  # warm-up
+        began = time.perf_counter()
+        list(pool.map(run_controller, [job] * (2 * workers)))
+        return (time.perf_counter() - began) / 2

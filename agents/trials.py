@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 
 from agents.baselines import Controller, Static
 from agents.benchmark import TUNED_RULES, Benchmark, Suite, Trial
+from agents.benchmark_table import SELECTION
 from agents.evaluate import (
     EVALUATION_SEED,
+    MODE,
     MODE_INSTANCES,
     TestResult,
     choose_mode,
@@ -24,17 +26,17 @@ from agents.policy import Policy, RandomPolicy
 from agents.records import episode_record
 from agents.rollout import Episode, RolloutPool, run_controller, run_policy
 from agents.run_folder import RunFolder, provenance, training_cost, write_text
-from agents.search import Scorer, search_static, train_instances, tune, tuning_instances
+from agents.search import search, tune, tuning_instances
 from agents.train import train_seed
 from asg_env.build import task_of
+from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
 from asg_env.validation import ConfigError
 
-SEARCH_INSTANCES = 108  # train instances of the last rung of the static search
-SELECTION = "selection.json"
 SELECTION_OFFSET = 10_000  # keeps draws of actions apart from those on test instances
+UNSEEN = {"observation": "scaled"}  # what no baseline looks at shall cost no validation images
 SELECTION_INSTANCES = 16  # train instances by which the best of several methods is told
 Act = Callable[[LayerwiseLREnv, Instance, int], Episode]  # the last: the number of the run
 
@@ -74,13 +76,11 @@ def _run_agent(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> 
     experiment = benchmark.experiment(trial.suite, trial.method)
     run = RunFolder(folder.parent, experiment)
     train_seed(run, trial.index, lambda *_: None, workers=0)
-    policy = experiment.agent_module.load_policy(
-        folder / "checkpoints" / experiment.agent_module.CHECKPOINT, experiment
-    )
+    checkpoint = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
+    policy = experiment.agent_module.load_policy(checkpoint, experiment)
     cost = training_cost(folder)
     greedy, choosing = _mode(folder, policy, experiment)
     cost = {key: cost[key] + choosing[key] for key in cost}
-    own = benchmark.settings.agents[trial.method].env
 
     def acting(policy: Policy) -> Act:
         def act(env: LayerwiseLREnv, instance: Instance, number: int) -> Episode:
@@ -90,17 +90,16 @@ def _run_agent(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> 
         return act
 
     for other in _missing(benchmark, folder):
-        there = policy
-        if other.task != suite.task:
-            try:
-                there = _elsewhere(experiment, folder, other, own)
-            except ConfigError as error:
-                _write(benchmark, trial, root, other, cost, "", [], str(error))
-                continue
+        there = benchmark.seen_by(trial.suite, trial.method, other.name)
+        try:
+            # Other layer groups or terms to observe need weights for them, which few networks have.
+            act = acting(there.agent_module.load_policy(checkpoint, there))
+        except ConfigError as error:
+            _write(benchmark, trial, root, other, cost, "", [], str(error))
+            continue
         mode = "greedy" if greedy else "sampled"
-        results = _judged(benchmark, other, own, acting(there))
-        _write(benchmark, trial, root, other, cost, mode, results)
-    _select(benchmark, trial, root, own, acting(policy))
+        _write(benchmark, trial, root, other, cost, mode, _judged(benchmark, other, there.env, act))
+    _select(trial, root, suite, experiment.env, acting(policy))
 
 
 def _missing(benchmark: Benchmark, folder: Path) -> list[Suite]:
@@ -109,10 +108,10 @@ def _missing(benchmark: Benchmark, folder: Path) -> list[Suite]:
 
 
 def _judged(
-    benchmark: Benchmark, tested: Suite, own: Mapping[str, Any], act: Act
+    benchmark: Benchmark, tested: Suite, settings: EnvSettings, act: Act
 ) -> list[TestResult]:
-    """Judge a method on the test instances of a suite."""
-    env = LayerwiseLREnv(tested.task, tested.settings(own))
+    """Judge a method on the test instances of a suite, as the settings show them."""
+    env = LayerwiseLREnv(tested.task, settings)
     results = []
     for number, instance in enumerate(tested.tests(benchmark.settings.test_instances)):
         episode = act(env, instance, number)
@@ -120,18 +119,15 @@ def _judged(
     return results
 
 
-def _select(
-    benchmark: Benchmark, trial: Trial, root: Path, own: Mapping[str, Any], act: Act
-) -> None:
+def _select(trial: Trial, root: Path, suite: Suite, settings: EnvSettings, act: Act) -> None:
     """Keep how a finished method does on train instances, by which the best one is told.
 
-    The same for all methods of a suite, and others than those that anything was tuned on.
+    The same for all methods of a suite, and others than those that anything was tuned on. It is
+    the last thing to be written of a trial.
     """
     path = trial.folder(root) / SELECTION
     if path.exists():
         return
-    suite = benchmark.suites[trial.suite]
-    settings = suite.settings(own)
     seed = derive_seed(EVALUATION_SEED, "selection")
     listed = tuning_instances(suite.task, settings.instances, seed, SELECTION_INSTANCES)
     env = LayerwiseLREnv(suite.task, settings)
@@ -147,7 +143,7 @@ def _select(
 
 def _mode(folder: Path, policy: Policy, experiment: Experiment) -> tuple[bool, dict[str, int]]:
     """Greedy or sampled actions, chosen once on train instances; and what choosing cost."""
-    path = folder / "mode.json"
+    path = folder / MODE
     if not path.exists():
         cost = {"episodes": 0, "inner_steps": 0, "validation_images": 0}
         greedy = True
@@ -160,27 +156,14 @@ def _mode(folder: Path, policy: Policy, experiment: Experiment) -> tuple[bool, d
     return values["greedy"], values["cost"]
 
 
-def _elsewhere(experiment: Experiment, folder: Path, other: Suite, own: dict[str, Any]) -> Policy:
-    """Load a policy for the layer groups of another task.
-
-    Raises:
-        ConfigError: It has no weights for them.
-    """
-    values = experiment.to_dict()
-    there = Experiment({**values, "env": {"id": other.task, **other.values, **own}})
-    path = folder / "checkpoints" / experiment.agent_module.CHECKPOINT
-    policy: Policy = experiment.agent_module.load_policy(path, there)
-    return policy
-
-
 def _run_baseline(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) -> None:
     folder = trial.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tuned.json"
-    settings = suite.settings()
+    settings = suite.settings(UNSEEN)
     if not path.exists():
         with RolloutPool(suite.task, settings, 0) as pool:
-            write_text(path, json.dumps(_tuned(benchmark, trial, suite, pool)) + "\n")
+            write_text(path, json.dumps(_tuned(benchmark, trial, suite, settings, pool)) + "\n")
     tuned = json.loads(path.read_text(encoding="utf-8"))
 
     def act(env: LayerwiseLREnv, instance: Instance, number: int) -> Episode:
@@ -202,26 +185,26 @@ def _run_baseline(benchmark: Benchmark, trial: Trial, suite: Suite, root: Path) 
         if trial.kind == "search" and len(tuned["vector"]) != groups:
             refused = f"a vector of {len(tuned['vector'])} layer groups, {other.name} has {groups}"
         else:
-            results = _judged(benchmark, other, {}, act)
+            results = _judged(benchmark, other, other.settings(UNSEEN), act)
         setting = tuned["setting"]
         _write(benchmark, trial, root, other, tuned["cost"], setting, results, refused)
-    _select(benchmark, trial, root, {}, act)
+    _select(trial, root, suite, settings, act)
 
 
-def _tuned(benchmark: Benchmark, trial: Trial, suite: Suite, pool: RolloutPool) -> dict[str, Any]:
+def _tuned(
+    benchmark: Benchmark, trial: Trial, suite: Suite, settings: EnvSettings, pool: RolloutPool
+) -> dict[str, Any]:
     """Choose a baseline's setting on train instances; return it and what it cost."""
-    settings, nothing = suite.settings(), {"episodes": 0, "inner_steps": 0, "validation_images": 0}
+    nothing = {"episodes": 0, "inner_steps": 0, "validation_images": 0}
     if trial.kind == "random":
         return {"setting": "", "cost": nothing}
     groups = len(pool.here.trainer.layer_groups)
     if trial.kind == "search":
         seed = derive_seed(EVALUATION_SEED, "search", benchmark.settings.seed + trial.index)
-        listed = train_instances(suite.task, settings.instances, seed, SEARCH_INSTANCES)
         budget = benchmark.settings.episodes
-        found = search_static(Scorer(pool, listed), settings.grid, groups, budget, seed)
-        setting = "(" + ", ".join(f"{m:g}" for m in found.vector) + ")"
+        found = search(pool, suite.task, settings.instances, settings.grid, groups, budget, seed)
         cost = {key: getattr(found, key) for key in nothing}
-        return {"setting": setting, "vector": list(found.vector), "cost": cost}
+        return {"setting": found.setting, "vector": list(found.vector), "cost": cost}
     listed = tuning_set(suite.task, settings.instances, benchmark.settings.tuning_instances)
     best, scorer = tune(pool, TUNED_RULES[trial.method](groups), listed)
     return {"setting": best, "cost": {key: getattr(scorer, key) for key in nothing}}
@@ -246,6 +229,7 @@ def _write(
                 "suite_version": benchmark.suites[trial.suite].version,
                 "tested_on": tested.name,
                 "tested_version": tested.version,
+                "metric": tested.settings().metric,
                 "layer_groups": list(task_of(tested.task, tested.settings()).layer_groups),
                 "method": trial.method,
                 "kind": trial.kind,
@@ -263,17 +247,28 @@ def _write(
 
 
 def start_run_folder(benchmark: Benchmark, suite: str, agent: str, root: Path) -> None:
-    """Make the run folder of an agent's trials, or check that it is of these settings.
+    """Make the run folder of an agent's trials, or see that it may have as many training seeds."""
+    experiment, path = benchmark.experiment(suite, agent), root / suite / agent
+    if not (path / "config.yaml").exists():
+        RunFolder.start(path, experiment)
+        return
+    before = RunFolder.open(path).experiment
+    if before.train.seeds < experiment.train.seeds:
+        RunFolder(path, experiment).write_config()
+
+
+def check_run_folder(benchmark: Benchmark, suite: str, agent: str, root: Path) -> None:
+    """Find out whether an agent's trials may go into their folder.
 
     Raises:
-        ConfigError: It is of others.
+        ConfigError: It holds trainings of other settings.
     """
-    experiment, path = benchmark.experiment(suite, agent), root / suite / agent
+    path = root / suite / agent
     if (path / "config.yaml").exists():
-        if RunFolder.open(path).experiment.digest() != experiment.digest():
+        there, here = RunFolder.open(path).experiment, benchmark.experiment(suite, agent)
+        # How many seeds and tests there are makes no training another.
+        if {**there.to_dict(), "train": None} != {**here.to_dict(), "train": None}:
             raise ConfigError(
                 f"{path} holds trainings of agent {agent} with other settings; give the agent "
                 "another name, or choose another --out"
             )
-        return
-    RunFolder.start(path, experiment)

@@ -180,8 +180,8 @@ def others(seeds: int, repeats: int, generator: np.random.Generator) -> Iterator
         left, right = (
             common + own * latent((seeds, 20), (of_seed / own**2, 0.0), generator) for _ in "xy"
         )
-        ours = [np.clip(MEAN + LEAD + SPREAD * left, 0, 1)]
-        theirs = [np.clip(MEAN + SPREAD * right, 0, 1)]
+        ours = np.clip(MEAN + LEAD + SPREAD * left, 0, 1)
+        theirs = np.clip(MEAN + SPREAD * right, 0, 1)
         found = {
             "IQM": aggregate_iqm(theirs, generator),
             "difference": iqm_difference(ours, theirs, generator),

@@ -118,6 +118,7 @@ class Trainer:
             self._augmentation = Augmentation(settings.augmentation, (height, width))
         self._outputs = LayerOutputs(self.optimizee.backbone)
         self._terms: dict[tuple[Callable[..., Term], str], Term] = {}
+        self.images_evaluated = 0  # by `evaluate` and `agreement`, over all trainings
         self.guide(guidance)
         self.reset(head_seed=0, data_seed=0)
 
@@ -262,6 +263,7 @@ class Trainer:
         Raises:
             ValueError: The split has no labels.
         """
+        self.images_evaluated += len(self.splits[split])
         head = self.optimizee.old_head if split == "old_task" else self.optimizee.head
         with self._judged():
             return evaluate_split(
@@ -272,6 +274,7 @@ class Trainer:
     def agreement(self, split: str) -> float:
         """Share of images on which the old head predicts what the teacher predicts; no label."""
         data = self.splits[split]
+        self.images_evaluated += len(data)
         with self._judged():
             predicted = self._teacher.of_split(split, data).argmax(dim=1)
             agreed = accuracy_counts(

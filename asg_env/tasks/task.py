@@ -21,7 +21,8 @@ class Task:
             `old_task`: held-out images of the pretraining task where there are any, else real
             images without their labels, on which the old head should still agree with the
             teacher. `train` is always there.
-        digest: SHA-256 of the images, or of what identifies them.
+        digest: SHA-256 of the images, or of what identifies them; and of a pretrained network that
+            is neither shipped nor a package's.
         reference_digest: That of the images which the teacher and the docs' figures were made
             with; another one means another version of a drawing library. None where the images
             are the user's own.

@@ -108,6 +108,21 @@ def test_curves_have_bands_and_can_be_told_apart_without_colour(draw):
     assert legend == list(BANDS)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "mean per-class recall"])
+def test_axes_name_the_metric_and_have_room_for_it(metric):
+    profiles = figures.draw_profiles(BANDS, LEARNED, metric)
+    transfer = figures.draw_transfer(np.eye(2), FAMILIES, FAMILIES, metric)
+    label = profiles.axes[0].yaxis.label
+    assert " ".join(label.get_text().split()) == f"share of runs with test {metric} above τ"
+    assert transfer.get_supxlabel() == f"interquartile mean of test {metric}"
+    for figure in (profiles, transfer):
+        figure.canvas.draw()
+    extent = label.get_window_extent()
+    assert 0 <= extent.y0 < extent.y1 <= profiles.bbox.y1
+    wide = transfer._supxlabel.get_window_extent()
+    assert 0 <= wide.x0 < wide.x1 <= transfer.bbox.x1
+
+
 def test_many_agents_have_styles_of_their_own():
     bands = {f"agent {number}": BANDS["uniform"] for number in range(12)}
     lines = figures.draw_profiles(bands, ["agent 0", "agent 5"]).axes[0].lines

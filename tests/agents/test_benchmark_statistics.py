@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -27,10 +29,9 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def suites(seed: int = 0, low: float = 0.0) -> list[np.ndarray]:
-    """Two suites, five seeds on eight instances and three on six."""
-    generator = rng(seed)
-    return [low + (1 - low) * generator.random(shape) for shape in ((5, 8), (3, 6))]
+def agent(seed: int = 0, low: float = 0.0) -> np.ndarray:
+    """Five seeds on eight instances."""
+    return low + (1 - low) * rng(seed).random((5, 8))
 
 
 def correlated(lead: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -43,19 +44,6 @@ def correlated(lead: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def permuted(strata, seed, columns=None):
-    """Rows of every suite, and columns as given, in another order."""
-    generator = rng(seed)
-    return [
-        generator.permutation(stratum)[:, order]
-        for stratum, order in zip(strata, columns or orders(strata, seed), strict=True)
-    ]
-
-
-def orders(strata, seed):
-    return [rng(seed + 100 + stratum.shape[1]).permutation(stratum.shape[1]) for stratum in strata]
-
-
 def ends(interval: Interval) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
@@ -64,17 +52,16 @@ def ends(interval: Interval) -> tuple[float, float, float]:
 
 
 def test_aggregate_is_the_trimmed_mean_of_all_units():
-    strata = suites()
-    pooled = np.concatenate([stratum.reshape(-1) for stratum in strata])
-    interval = aggregate_iqm(strata, rng(1))
-    assert interval.value == pytest.approx(stats.trim_mean(pooled, 0.25), abs=1e-12)
+    scores = agent()
+    interval = aggregate_iqm(scores, rng(1))
+    assert interval.value == pytest.approx(stats.trim_mean(scores, 0.25, axis=None), abs=1e-12)
     assert 0 < interval.low < interval.value < interval.high < 1
 
 
 def test_aggregate_interval_comes_from_the_same_resamples_as_a_direct_computation():
-    stratum = suites()[0]
-    rows, columns = canonical_order(stratum)
-    ordered = stratum[rows][:, columns]
+    scores = agent()
+    rows, columns = canonical_order(scores)
+    ordered = scores[rows][:, columns]
     seeds, instances = draw_counts((5, 8), 400, rng(1))
     draws = [
         stats.trim_mean(
@@ -87,7 +74,7 @@ def test_aggregate_interval_comes_from_the_same_resamples_as_a_direct_computatio
         for axis, n in enumerate((5, 8))
     ]
     expected = widened(stats.trim_mean(ordered.reshape(-1), 0.25), np.array(draws), without)
-    interval = aggregate_iqm([stratum], rng(1))
+    interval = aggregate_iqm(scores, rng(1))
     assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-12)
 
 
@@ -101,14 +88,14 @@ def test_aggregate_of_independent_units_is_scipys_percentile_interval_made_wider
         n_resamples=4000,
         rng=rng(5),
     ).confidence_interval
-    ours = aggregate_iqm([units], rng(4))
+    ours = aggregate_iqm(units, rng(4))
     factor = stats.t.ppf(0.975, 23) / stats.norm.ppf(0.975) * np.sqrt(24 / 23)
     assert ours.low == pytest.approx(ours.value - factor * (ours.value - theirs.low), abs=0.02)
     assert ours.high == pytest.approx(ours.value + factor * (theirs.high - ours.value), abs=0.02)
 
 
 def test_difference_is_that_of_the_two_aggregates():
-    ours, theirs = suites(0, low=0.4), suites(1)
+    ours, theirs = agent(0, low=0.4), agent(1)
     interval = iqm_difference(ours, theirs, rng())
     left, right = (aggregate_iqm(side, rng()).value for side in (ours, theirs))
     assert interval.value == pytest.approx(left - right)
@@ -118,8 +105,8 @@ def test_difference_is_that_of_the_two_aggregates():
 
 def test_difference_paired_by_instance_is_narrower_than_unpaired():
     ours, theirs = correlated(0.1)
-    paired = iqm_difference([ours], [theirs], rng())
-    left, right = aggregate_iqm([ours], rng()), aggregate_iqm([theirs], rng(1))
+    paired = iqm_difference(ours, theirs, rng())
+    left, right = aggregate_iqm(ours, rng()), aggregate_iqm(theirs, rng(1))
     unpaired = np.hypot(left.high - left.low, right.high - right.low)
     assert paired.value == pytest.approx(0.1, abs=0.01)
     assert paired.low > 0.05  # and each alone spans the instances:
@@ -128,51 +115,49 @@ def test_difference_paired_by_instance_is_narrower_than_unpaired():
 
 def test_difference_loses_its_pairing_with_instances_in_another_order():
     ours, theirs = correlated(0.1)
-    paired = iqm_difference([ours], [theirs], rng())
-    shuffled = iqm_difference([ours], [theirs[:, ::-1]], rng())
+    paired = iqm_difference(ours, theirs, rng())
+    shuffled = iqm_difference(ours, theirs[:, ::-1], rng())
     assert shuffled.value == pytest.approx(paired.value)
     assert shuffled.high - shuffled.low > 5 * (paired.high - paired.low)
 
 
 def test_profile_is_the_share_of_units_above_each_threshold():
     scores = np.array([[0.0, 0.2, 0.4, 0.6], [0.2, 0.4, 0.6, 1.0]])
-    band = performance_profile([scores], np.array([0.0, 0.2, 0.5, 1.0]), rng())
+    band = performance_profile(scores, np.array([0.0, 0.2, 0.5, 1.0]), rng())
     np.testing.assert_allclose(band.value, [7 / 8, 5 / 8, 3 / 8, 0])
     np.testing.assert_array_equal(band.at, [0.0, 0.2, 0.5, 1.0])
     assert (band.low <= band.value).all()
     assert (band.value <= band.high).all()
 
 
-def test_profile_falls_from_one_to_zero_and_pools_suites():
-    strata = suites(low=0.1)
-    band = performance_profile(strata, np.linspace(0, 1, 21), rng())
-    pooled = np.concatenate([stratum.reshape(-1) for stratum in strata])
-    np.testing.assert_allclose(band.value, [(pooled > t).mean() for t in band.at])
+def test_profile_falls_from_one_to_zero():
+    scores = agent(low=0.1)
+    band = performance_profile(scores, np.linspace(0, 1, 21), rng())
+    np.testing.assert_allclose(band.value, [(scores > t).mean() for t in band.at])
     assert (np.diff(band.value) <= 0).all()
     assert (band.value[0], band.value[-1]) == (1.0, 0.0)
 
 
 def test_gap_is_the_mean_lack():
     scores = np.array([[0.2, 0.6, 1.0], [0.4, 0.8, 0.0]])
-    assert optimality_gap([scores], rng()).value == pytest.approx(0.5)
-    assert optimality_gap([scores], rng(), gamma=0.5).value == pytest.approx((0.3 + 0.1 + 0.5) / 6)
+    assert optimality_gap(scores, rng()).value == pytest.approx(0.5)
+    assert optimality_gap(scores, rng(), gamma=0.5).value == pytest.approx((0.3 + 0.1 + 0.5) / 6)
 
 
 def test_gap_interval_agrees_with_scipys_where_instances_are_many(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 4000)
     scores = rng().random((1, 200))
-    interval = optimality_gap([scores], rng(1))
+    interval = optimality_gap(scores, rng(1))
     theirs = stats.bootstrap((1 - scores[0],), np.mean, method="percentile", rng=rng(2))
     assert interval.low == pytest.approx(theirs.confidence_interval.low, abs=0.005)
     assert interval.high == pytest.approx(theirs.confidence_interval.high, abs=0.005)
 
 
 def test_improvement_is_the_mean_of_mann_whitneys_statistic():
-    ours, theirs = [np.round(side, 1) for side in suites(0)], [s[:3].round(1) for s in suites(1)]
+    ours, theirs = agent(0).round(1), agent(1)[:3].round(1)
     chances = [
         stats.mannwhitneyu(x, y).statistic / (len(x) * len(y))
-        for left, right in zip(ours, theirs, strict=True)
-        for x, y in zip(left.T, right.T, strict=True)
+        for x, y in zip(ours.T, theirs.T, strict=True)
     ]
     interval = probability_of_improvement(ours, theirs, rng())
     assert interval.value == pytest.approx(np.mean(chances))
@@ -183,16 +168,16 @@ def test_improvement_is_the_mean_of_mann_whitneys_statistic():
 
 def test_improvement_over_itself_is_one_half_and_over_the_worse_one():
     scores, worse = rng().random((3, 5)), np.zeros((2, 5))
-    assert probability_of_improvement([scores], [scores], rng()).value == 0.5
-    assert ends(probability_of_improvement([scores + 0], [worse], rng())) == (1.0, 1.0, 1.0)
-    assert ends(probability_of_improvement([worse], [worse], rng())) == (0.5, 0.5, 0.5)
+    assert probability_of_improvement(scores, scores, rng()).value == 0.5
+    assert ends(probability_of_improvement(scores, worse, rng())) == (1.0, 1.0, 1.0)
+    assert ends(probability_of_improvement(worse, worse, rng())) == (0.5, 0.5, 0.5)
 
 
 # All intervals
 
 
 def test_runs_that_are_all_alike_give_no_width():
-    scores = [np.full((3, 4), 0.7), np.full((2, 5), 0.7)]
+    scores = np.full((3, 4), 0.7)
     assert ends(aggregate_iqm(scores, rng())) == pytest.approx((0.7, 0.7, 0.7))
     assert ends(optimality_gap(scores, rng())) == pytest.approx((0.3, 0.3, 0.3))
     assert ends(iqm_difference(scores, scores, rng())) == pytest.approx((0, 0, 0))
@@ -203,7 +188,7 @@ def test_interval_widens_where_seeds_differ():
     by_seed = by_instance + np.array([[-0.1], [0.0], [0.05], [0.1]])
     widths = [
         interval.high - interval.low
-        for interval in (aggregate_iqm([s], rng()) for s in (by_instance, by_seed))
+        for interval in (aggregate_iqm(s, rng()) for s in (by_instance, by_seed))
     ]
     assert widths[1] > 1.5 * widths[0]
 
@@ -211,11 +196,12 @@ def test_interval_widens_where_seeds_differ():
 @pytest.mark.parametrize("few", [False, True], ids=["real", "few values"])
 @pytest.mark.parametrize("seed", range(4))
 def test_permuting_runs_changes_not_a_bit(few, seed):
-    ours, theirs = suites(0), suites(1)
+    ours, theirs = agent(0), agent(1)[:3]
     if few:
-        ours, theirs = [[s.round() for s in side] for side in (ours, theirs)]
-    columns = orders(ours, seed)
-    a, b = permuted(ours, seed, columns), permuted(theirs, seed + 7, columns)
+        ours, theirs = ours.round(), theirs.round()
+    generator = rng(seed)
+    columns = generator.permutation(8)
+    a, b = (generator.permutation(side)[:, columns] for side in (ours, theirs))
     assert aggregate_iqm(a, rng(2)) == aggregate_iqm(ours, rng(2))
     assert optimality_gap(a, rng(2)) == optimality_gap(ours, rng(2))
     assert iqm_difference(a, b, rng(2)) == iqm_difference(ours, theirs, rng(2))
@@ -228,11 +214,11 @@ def test_permuting_runs_changes_not_a_bit(few, seed):
 
 
 def test_draws_come_from_the_given_generator_alone():
-    strata = suites()
+    scores = agent()
     np.random.seed(0)  # noqa: NPY002
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
-    assert aggregate_iqm(strata, rng(1)) == aggregate_iqm(strata, rng(1))
-    assert aggregate_iqm(strata, rng(1)) != aggregate_iqm(strata, rng(2))
+    assert aggregate_iqm(scores, rng(1)) == aggregate_iqm(scores, rng(1))
+    assert aggregate_iqm(scores, rng(1)) != aggregate_iqm(scores, rng(2))
     assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
 
 
@@ -241,7 +227,7 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
     for _ in range(100):
         effects = generator.normal(0, 0.07, size=(5, 1)) + generator.normal(0, 0.05, size=(1, 12))
         scores = np.clip(0.6 + effects + generator.normal(0, 0.05, size=(5, 12)), 0, 1)
-        interval = aggregate_iqm([scores], generator)
+        interval = aggregate_iqm(scores, generator)
         covered += interval.low <= 0.6 <= interval.high
     assert 89 <= covered <= 100
 
@@ -261,9 +247,9 @@ def test_simulated_scores_have_the_true_iqm(shape, effects):
 
 
 def test_simulation_judges_the_interval_in_use():
-    units = suites()[0]
+    units = agent()
     rows, columns = canonical_order(units)
-    interval = aggregate_iqm([units], rng(1))
+    interval = aggregate_iqm(units, rng(1))
     found = candidates(units[rows][:, columns], 400, rng(1))
     assert found["used"] == pytest.approx((interval.low, interval.high), abs=1e-12)
 
@@ -303,12 +289,17 @@ def test_order_of_seeds_does_not_change_a_curve():
 # Errors
 
 
-@pytest.mark.parametrize(
-    "scores", [[], [np.zeros(3)], [np.zeros((0, 3))], [np.zeros((2, 3)), np.zeros((2, 0))]]
-)
-def test_scores_of_other_shapes_are_refused(scores):
-    with pytest.raises(ValueError, match=r"must be a list with an array of shape \(seeds, inst"):
-        aggregate_iqm(scores, rng())
+@pytest.mark.parametrize("shape", [(0,), (3,), (0, 3), (2, 0), (1, 2, 3)])
+def test_scores_of_other_shapes_are_refused(shape):
+    message = rf"of shape \(seeds, instances\) that is not empty, got shape {re.escape(str(shape))}"
+    for call in (
+        lambda scores: aggregate_iqm(scores, rng()),
+        lambda scores: optimality_gap(scores, rng()),
+        lambda scores: performance_profile(scores, np.zeros(1), rng()),
+        lambda scores: iqm_difference(agent(), scores, rng()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(np.zeros(shape))
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, 85.0, np.nan])
@@ -316,15 +307,15 @@ def test_scores_outside_the_unit_interval_are_refused(wrong):
     scores = np.full((2, 3), 0.5)
     scores[1, 2] = wrong
     with pytest.raises(ValueError, match=rf"must be in \[0, 1\], a diverged run 0, got {wrong}"):
-        optimality_gap([scores], rng())
+        optimality_gap(scores, rng())
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         sample_efficiency([np.arange(3)] * 2, list(scores), rng())
 
 
 @pytest.mark.parametrize("statistic", [iqm_difference, probability_of_improvement])
 def test_agents_on_different_instances_are_refused(statistic):
-    with pytest.raises(ValueError, match=r"same instances, got \[8, 6\] and \[8\] instances"):
-        statistic(suites(), suites()[:1], rng())
+    with pytest.raises(ValueError, match=r"must have the same instances, got \[8, 7\]"):
+        statistic(agent(), agent()[:, 1:], rng())
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import agents.cli
 import agents.cli_benchmark
 from agents import executors, trials
 from agents.benchmark import Trial, load_benchmark
-from agents.benchmark_table import COLUMNS
+from agents.benchmark_table import COLUMNS, read_results
 from agents.run_folder import RunFolder
 from agents.train import load_policies
+from asg_env.instances import kind_of
 from asg_env.validation import ConfigError
 
 SUITES = {
@@ -142,7 +144,7 @@ def test_summary_compares_on_every_suite_and_chooses_by_train_instances(finished
         assert "best_agent_minus_this" in methods[chosen["baseline"]]
     text = (out / "results.md").read_text(encoding="utf-8")
     assert "n = 2 units" in text
-    assert "below 20 an interval covers less" in text
+    assert "below 20 the interval is a rough one" in text
     assert "2 training seed(s) say little" in text
     assert "gradient" in (out / "report.html").read_text(encoding="utf-8")
     figures = {path.stem for path in (out / "figures").iterdir()}
@@ -309,6 +311,11 @@ def test_an_agent_with_other_settings_under_the_same_name_is_refused(done, fails
     [
         ({"suites": ["digits-unheard"]}, "env 'digits-unheard' is none of the shipped ones ("),
         ({"suites": []}, "`benchmark.suites` must hold at least 1 entry, got none"),
+        ({"baselines": ["cosine", "random", "cosine"]}, "must name each once, got 'cosine' again"),
+        (
+            {"agents": {"mine": {"agent": {"kind": "es", "updates": 2}}}},
+            "`updates` of agent mine follows from the benchmark's `episodes`, got 2; leave it out",
+        ),
         ({"baselines": ["luck"]}, "`baselines` must be of uniform, small-backbone,"),
         (
             {"baselines": ["pilot-search"]},
@@ -316,7 +323,10 @@ def test_an_agent_with_other_settings_under_the_same_name_is_refused(done, fails
         ),
         ({"episodes": 5}, "`episodes` must be a multiple of 2, the episodes of an update of agent"),
         ({"episodes": 2}, "`benchmark.episodes` must be >= 4, got 2"),
-        ({"env": {"instances": "fixed"}}, "`env` may hold action, grid, start_multiplier,"),
+        (
+            {"env": {"instances": "fixed"}},
+            "`benchmark.env` may hold action, grid, start_multiplier,",
+        ),
         ({"agents": {"cosine": {"agent": "es"}}}, "`agents` must have names of letters, digits"),
         (
             {"agents": {"soft": {"agent": "sac", "env": {"action": "grid"}}}, "episodes": 32},
@@ -345,6 +355,54 @@ def test_options_that_cannot_be_used_are_refused(fails, tmp_path, words, sentenc
     assert sentence in fails("benchmark", path, "--out", tmp_path / "out", *words)
 
 
+def test_what_is_given_on_the_command_line_is_put_into_the_file(tmp_path):
+    path = write_files(tmp_path / "files", env={"observation": "normalised"})
+    overrides = ["env.grid=linear", "env.start_multiplier=0.1", "agents.evolved.agent.population=4"]
+    benchmark = load_benchmark(str(path), [*overrides, "episodes=8"])
+    own = {"observation": "normalised", "grid": "linear", "start_multiplier": 0.1}
+    assert benchmark.settings.env == own
+    assert set(benchmark.settings.agents) == {"gradient", "evolved"}
+    assert benchmark.experiment("scale", "evolved").agent.population == 4
+    assert benchmark.experiment("scale", "evolved").agent.updates == 2
+
+
+def test_an_agent_sees_every_suite_as_in_its_training(tmp_path):
+    seen = {**SUITES, "still": {**SUITES["still"], "observation": "extended", "grid": "linear"}}
+    benchmark = load_benchmark(str(write_files(tmp_path / "files", seen)))
+    there = benchmark.seen_by("scale", "gradient", "still").env
+    assert there.instances == "fixed"
+    assert (there.observation, there.grid) == ("scaled", "log")
+
+
+def test_results_of_another_budget_are_refused(done, fails):
+    path, out = done
+    said = fails("benchmark", path, "--out", out, "--resume", "--set", "episodes=8")
+    assert "`episodes` must be 4 as in the other results in " in said
+    assert "which would not be comparable, got 8; set it so, or choose another --out" in said
+    assert json.loads((out / "manifest.json").read_text())["settings"]["episodes"] == 4
+
+
+def test_training_seeds_are_added(done, asg, inline):
+    path, out = done
+    before = results(out)
+    assert asg("benchmark", path, "--out", out, "--resume", "--set", "seeds=3").status == 0
+    now = results(out)
+    assert {name: now[name] for name in before} == before
+    assert {name.split("/")[2] for name in now if "/gradient/" in name} == {
+        *("seed-0", "seed-1", "seed-2")
+    }
+    assert RunFolder.open(out / "scale" / "gradient").experiment.train.seeds == 3
+    assert asg("benchmark", path, "--out", out, "--resume").status == 0  # fewer are fine too
+    assert RunFolder.open(out / "scale" / "gradient").experiment.train.seeds == 3
+
+
+def test_two_commands_at_work_in_one_folder_are_refused(done, fails):
+    path, out = done
+    with FileLock(out / ".lock"):
+        said = fails("benchmark", path, "--out", out, "--resume")
+    assert "another `asg benchmark` is at work in " in said
+
+
 def test_a_folder_of_something_else_is_left_alone(fails, finished, tmp_path):
     path, out = finished
     assert "already holds a benchmark; add --resume" in fails("benchmark", path, "--out", out)
@@ -355,12 +413,42 @@ def test_a_folder_of_something_else_is_left_alone(fails, finished, tmp_path):
         )
 
 
+def test_a_suite_without_labels_to_judge_by_is_refused_before_any_training(
+    fails, image_folders, tmp_path
+):
+    source, target = image_folders
+    folders = {"id": "ASG/ImageFolder-v0", "source": str(source), "target": str(target)}
+    network = {"backbone": "torchvision:resnet18", "weights": "random", "image_size": 32}
+    unlabelled = {**folders, **network, "target_labels": False, "reward": "train_loss"}
+    path = write_files(tmp_path / "files", {**SUITES, "still": unlabelled})
+    text = path.with_name("still.yaml").read_text(encoding="utf-8")
+    path.with_name("still.yaml").write_text(text.replace("outer_valid_size: 50\n", ""))
+    said = fails("benchmark", path, "--out", tmp_path / "out")
+    assert "suite still has no labelled images of outer_valid, so there is nothing" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_failed_trial_has_written_does_not_count(done, asg, inline):
+    path, out = done
+    (out / "scale" / "cosine" / "seed-0" / "selection.json").unlink()
+    assert "cosine" not in {judged["method"] for judged in read_results(out)}
+
+
+def test_kinds_of_test_instances_take_turns():
+    benchmark = load_benchmark("digits-quick")
+    kinds = [kind_of(instance) for instance in benchmark.suites["digits-transfer"].tests(20)]
+    assert {kind: kinds.count(kind) for kind in kinds[:4]} == dict.fromkeys(kinds[:4], 5)
+    assert len(set(kinds)) == 4
+
+
 def test_dry_run_names_every_trial_and_writes_nothing(asg, tmp_path):
     path = write_files(tmp_path / "files")
     result = asg("benchmark", path, "--out", tmp_path / "out", "--dry-run")
     assert result.status == 0
     assert "evolved on scale seed 1" in result.out
-    assert "8 trials of up to 4 episodes" in result.out
+    # Four trainings of 4 episodes, two searches; 4 test instances for each of the 8 trials.
+    assert "8 trials, about 64 episodes; at " in result.out
+    assert "minutes with 2 worker(s)" in result.out
     assert not (tmp_path / "out").exists()
 
 

@@ -370,7 +370,7 @@ def test_markdown_says_where_no_controller_is_compared():
 @pytest.mark.parametrize(("seeds", "few"), [(2, True), (19, True), (20, False)])
 def test_markdown_warns_of_few_instances(seeds, few):
     text = markdown(summary_of(make_row()), {**ABOUT, "seeds": seeds})
-    warning = f"With {seeds} instances the intervals cover less than their name says."
+    warning = f"With {seeds} instances the intervals are rough ones."
     assert (warning in text) is few
 
 

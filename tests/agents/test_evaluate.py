@@ -439,12 +439,36 @@ def test_a_run_acts_as_its_comparison_chose(make_experiment, tmp_path, primary, 
     assert acts_greedily(run) is greedy
 
 
+def test_a_run_of_a_benchmark_acts_as_was_chosen_for_the_training_seed(make_experiment, tmp_path):
+    run = RunFolder(tmp_path, make_experiment(train={"seeds": 2}))
+    for seed, greedy in enumerate([False, True]):
+        run.seed_folder(seed).mkdir()
+        run.write_json(f"seed-{seed}/mode.json", {"greedy": greedy, "cost": {}})
+    assert [acts_greedily(run, seed) for seed in (0, 1)] == [False, True]
+    assert not acts_greedily(run)  # the first seed's
+    run.write_json("results.json", {"protocol": {"primary": "controller (sampled)"}})
+    assert not acts_greedily(run, 1)  # a comparison of all seeds goes before
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"protocol": 3}', '{"protocol": {"primary": "oracle"}}']
+    ("name", "text"),
+    [
+        ("results.json", "{"),
+        ("results.json", "[]"),
+        ("results.json", "{}"),
+        ("results.json", '{"protocol": 3}'),
+        ("results.json", '{"protocol": {"primary": "oracle"}}'),
+        ("seed-0/mode.json", ""),
+        ("seed-0/mode.json", "[]"),
+        ("seed-0/mode.json", '{"cost": {}}'),
+        ("seed-0/mode.json", '{"greedy": "yes"}'),
+        ("seed-0/mode.json", '{"greedy": []}'),
+    ],
 )
-def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, text):
+def test_a_damaged_comparison_is_refused(make_experiment, tmp_path, name, text):
     run = RunFolder(tmp_path, make_experiment())
-    (tmp_path / "results.json").write_text(text, encoding="utf-8")
+    run.seed_folder(0).mkdir()
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"is no whole comparison; repeat it with asg evaluate"):
         acts_greedily(run)
 

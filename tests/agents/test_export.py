@@ -1,6 +1,10 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from agents.export import export_schedule
 from agents.policy import RandomPolicy
@@ -120,3 +124,27 @@ def test_export_says_so_when_every_rollout_diverged(trained_run, inline_pool, ma
     pool = inline_pool(TASK, make_settings(base_lr=1e25, action="grid"))
     with pytest.raises(ConfigError, match=r"all 2 rollouts at scale 3\.0 diverged.*--scale"):
         export_schedule(trained_run, Leap([]), pool, scale=3.0, episodes=2, deterministic=False)
+
+
+def test_export_and_fit_act_as_a_benchmark_chose_for_the_training_seed(
+    asg, trained_run, inline_pool, monkeypatch, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run.path, run)
+    shutil.copytree(run / "seed-0", run / "seed-1")
+    values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    values["train"]["seeds"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    for seed, greedy in enumerate([True, False]):
+        text = json.dumps({"greedy": greedy, "cost": {}})
+        (run / f"seed-{seed}" / "mode.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("agents.cli.RolloutPool", inline_pool)
+    found = []
+    for seed in (0, 1):
+        out, of_seed = tmp_path / f"schedule-{seed}.json", ["--training-seed", str(seed)]
+        assert asg("export", run, "--out", out, "--episodes", "1", *of_seed).status == 0
+        found.append(LearnedSchedule.load(out).provenance["actions"])
+        out = tmp_path / f"fit-{seed}"
+        assert asg("fit", TASK, "--controller", run, "--out", out, *of_seed).status == 0
+        found.append(json.loads((out / "fit.json").read_text(encoding="utf-8"))["actions"])
+    assert found == ["greedy", "greedy", "sampled", "sampled"]

@@ -207,6 +207,12 @@ def test_predict_takes_one_observation_or_several_rows():
     assert state.shape == (4, 2, 30)
 
 
+def test_predict_refuses_observations_of_another_width():
+    policy = RecurrentPolicy(lively_network())
+    with pytest.raises(ValueError, match="observations must have 12 entries, got 25"):
+        policy.predict(observations(1, 4, 25)[0].numpy())
+
+
 def test_predict_gives_each_row_what_it_gets_alone():
     policy = RecurrentPolicy(lively_network())
     rows, states = observations(2, 4).numpy(), None

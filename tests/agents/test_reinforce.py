@@ -267,6 +267,10 @@ def memory(instance: int):
     return [[cue], [0.0], [0.0]], lambda step, action: float(step == 2 and action[0] == right)
 
 
+def unrewarded(instance: int):
+    return memory(instance)[0], lambda step, action: 0.0
+
+
 def mean_return(learner, problem, make_episode) -> float:
     episodes = play(learner, problem, make_episode, 40, 2, seed=999)
     return float(np.mean([episode.rewards.sum() for episode in episodes]))
@@ -478,7 +482,7 @@ def test_learner_with_the_coordinate_wise_network_solves_the_memory_probe(make_e
         seed=1,
     )
     assert isinstance(learner.policy.network, CoordinatewiseNetwork)
-    fit_probe(learner, memory if rewarded else nothing, make_episode, 25 if rewarded else 2)
+    fit_probe(learner, memory if rewarded else unrewarded, make_episode, 25 if rewarded else 2)
     solved = mean_return(learner, memory, make_episode)
     assert solved > 0.95 if rewarded else solved < 0.7
 

@@ -5,14 +5,15 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from agents import evaluate, statistics
+from agents.benchmark import Benchmark, BenchmarkSettings
 from agents.benchmark_results import summarise_benchmark, warnings
+from agents.benchmark_table import MANIFEST, write_manifest
 from agents.records import EPISODES, write_episodes
 from agents.report import report_html
 from agents.report_controllers import split_by_kind
@@ -91,6 +92,21 @@ def write_benchmark(root, kinds=KINDS, suites=("scale", "mixed"), seeds=5, count
     """A finished benchmark of made-up numbers: folders, manifest and results.json."""
     generator = np.random.default_rng(0)
     root.mkdir(parents=True)
+    files = root.with_name(f"{root.name}-suites")
+    files.mkdir()
+    for suite in suites:
+        values = {"id": TASK, "instances": "mixed" if suite == "mixed" else "unknown-scale"}
+        (files / f"{suite}.yaml").write_text(yaml.safe_dump(values))
+    benchmark = Benchmark(
+        BenchmarkSettings(
+            suites=[str(files / f"{suite}.yaml") for suite in suites],
+            agents={name: {"agent": name} for name, kind in kinds.items() if kind == "agent"},
+            baselines=[name for name, kind in kinds.items() if kind != "agent"],
+            episodes=960,
+            seeds=seeds,
+            test_instances=count,
+        )
+    )
     results = []
     for suite in suites:
         for method, kind in kinds.items():
@@ -123,19 +139,13 @@ def write_benchmark(root, kinds=KINDS, suites=("scale", "mixed"), seeds=5, count
                     }
                     (folder / f"test-{tested}.json").write_text(json.dumps(judged))
                     results.append(judged)
-    settings = SimpleNamespace(
-        episodes=960,
-        seeds=seeds,
-        test_instances=count,
-        agents=[name for name, kind in kinds.items() if kind == "agent"],
-    )
-    benchmark = SimpleNamespace(
-        settings=settings, trained=list(suites), suites=dict.fromkeys(suites)
-    )
     summary = summarise_benchmark(results, benchmark, root)
     (root / "results.json").write_text(json.dumps(summary))
-    provenance = {"packages": {"torch": "2.15.0", "asg-env": "0.1.0"}, "commit": "0a1b2c3"}
-    (root / "manifest.json").write_text(json.dumps({"format": 1, "provenance": provenance}))
+    write_manifest(benchmark, dict.fromkeys(suites, "0123456789ab"), root)
+    manifest = json.loads((root / MANIFEST).read_text())
+    packages = {"torch": "2.15.0", "asg-env": "0.1.0"}
+    manifest["provenance"] = {"packages": packages, "commit": "0a1b2c3"}
+    (root / MANIFEST).write_text(json.dumps(manifest))
     return root
 
 
@@ -378,6 +388,93 @@ def test_benchmark_page_names_what_is_missing(own_benchmark):
     assert "es has 1 of 2 training seeds" in Reader(report_html(own_benchmark)).words()
 
 
+def test_benchmark_page_holds_kinds_of_instances_where_there_are_several(pages):
+    words = Reader(pages["benchmark"]).words()
+    assert words.count("By kind of instance Test accuracy (IQM) of each kind") == 2
+    assert "method optimizer adam (3) optimizer sgd (3)" in words
+
+
+def test_benchmark_page_names_the_metric(own_benchmark):
+    path = own_benchmark / "results.json"
+    summary = json.loads(path.read_text())
+    for comparison in summary["comparisons"]:
+        comparison["metric"] = "mean_recall"
+    path.write_text(json.dumps(summary))
+    words = Reader(report_html(own_benchmark)).words()
+    assert "test mean per-class recall (IQM)" in words
+    assert "Test mean per-class recall." in words
+    assert "Share of runs above each mean per-class recall" in words
+    assert "Mean per-class recall on real validation images at the end of training" in words
+    assert "accuracy" not in words.replace("loss and accuracy over", "").lower()
+
+
+def test_benchmark_page_says_which_agents_have_no_curve(own_benchmark):
+    path = own_benchmark / "results.json"
+    summary = json.loads(path.read_text())
+    summary["sample_efficiency"]["scale"] = {}
+    summary["without_curve"] = {"scale": {"es": "nothing was measured"}}
+    path.write_text(json.dumps(summary))
+    words = Reader(report_html(own_benchmark)).words()
+    assert "Without a curve of sample efficiency: es on scale (nothing was measured)." in words
+    assert "Sample efficiency on scale." not in words
+
+
+def test_results_of_older_versions_have_a_page(own_benchmark):
+    path = own_benchmark / "results.json"
+    summary = json.loads(path.read_text())
+    del summary["without_curve"]
+    for comparison in summary["comparisons"]:
+        del comparison["metric"]
+    path.write_text(json.dumps(summary))
+    assert "test accuracy (IQM)" in Reader(report_html(own_benchmark)).words()
+
+
+def interrupted(root):
+    """A finished benchmark of two seeds, as it stood before the second seed of the agent."""
+    (root / "results.json").unlink()
+    (root / "scale" / "es" / "seed-1" / "selection.json").unlink()
+    return root
+
+
+def test_page_of_an_interrupted_benchmark_shows_what_is_finished(own_benchmark, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 50)
+    assert "trials are finished" not in Reader(report_html(own_benchmark)).words()
+
+    words = Reader(report_html(interrupted(own_benchmark))).words()
+
+    assert "2 of 3 trials are finished; the numbers are of what is there." in words
+    assert "es has 1 of 2 training seeds: the others failed or are still to be done" in words
+    assert "3 (1 × 3)" in words
+    assert "3 runs of 1 training seed(s)" in words
+    assert "Sample efficiency on scale." in words
+    assert not (own_benchmark / "results.json").exists()
+
+
+def test_interrupted_benchmark_whose_suites_are_gone_gives_a_sentence(fails, own_benchmark):
+    interrupted(own_benchmark)
+    path = own_benchmark / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["suites"] = ["/nowhere/scale.yaml"]
+    path.write_text(json.dumps(manifest))
+    message = fails("report", own_benchmark)
+    assert f"{path} holds settings that cannot be used: " in message
+    assert "/nowhere/scale.yaml" in message
+
+
+def test_damaged_result_of_an_interrupted_benchmark_is_named(fails, own_benchmark):
+    path = interrupted(own_benchmark) / "scale/cosine/seed-0/test-scale.json"
+    path.write_text("{")
+    assert str(path) in fails("report", own_benchmark)
+
+
+def test_benchmark_of_which_nothing_is_judged_is_refused_with_a_command(fails, own_benchmark):
+    for path in interrupted(own_benchmark).glob("scale/*/seed-*/selection.json"):
+        path.unlink()
+    message = fails("report", own_benchmark)
+    assert f"{own_benchmark} holds a benchmark of which nothing is judged yet; go on " in message
+    assert f"`asg benchmark NAME --out {own_benchmark} --resume`" in message
+
+
 def test_older_benchmark_has_numbers_for_layer_groups(own_benchmark):
     for path in own_benchmark.glob("*/*/seed-*/test-*.json"):
         values = json.loads(path.read_text())
@@ -508,13 +605,11 @@ def test_damaged_run_gives_a_sentence(fails, own_run, file, text):
     assert str(own_run / file) in fails("report", own_run)
 
 
-def test_wrong_folders_give_a_sentence(fails, own_run, own_benchmark, tmp_path):
+def test_wrong_folders_give_a_sentence(fails, own_run, tmp_path):
     assert "neither a run nor a benchmark" in fails("report", tmp_path)
     assert "neither a run nor a benchmark" in fails("report", tmp_path / "nowhere")
     (own_run / "results.json").unlink()
     assert "not finished" in fails("report", own_run)
-    (own_benchmark / "results.json").unlink()
-    assert "not finished" in fails("report", own_benchmark)
 
 
 def test_out_that_cannot_be_written_gives_a_sentence(fails, own_run, tmp_path):

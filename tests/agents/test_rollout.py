@@ -9,6 +9,7 @@ from agents import rollout
 from agents.baselines import Cosine, Static
 from agents.policy import RandomPolicy
 from agents.rollout import RolloutPool, WorkerPool, run_controller, run_policy
+from agents.rules import EarlyStopping
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance, published_test_instances
 from asg_env.validation import ConfigError
@@ -101,6 +102,14 @@ def test_run_policy_counts_the_images_of_reset_and_every_step(make_env, instance
         policy = RandomPolicy(env.action_space)
         episode = run_policy(env, policy, instance, seed=1, deterministic=False)
         assert episode.validation_images == images * 4, changes
+
+
+def test_run_controller_counts_the_images_that_a_rule_looks_at(make_env, instance):
+    env = make_env()
+    plain = run_controller(env, Static((0.01,) * 5), instance)
+    watching = run_controller(env, EarlyStopping(0.01), instance)
+    assert plain.validation_images == 50 * 4
+    assert watching.validation_images == plain.validation_images + 2 * 500  # of inner_valid
 
 
 def test_run_policy_keeps_no_accuracy_when_the_reward_reads_no_real_label(make_env, instance):

@@ -119,7 +119,7 @@ def test_small_temperatures_reach_sb3() -> None:
 
 def test_the_shipped_experiment_trains_as_many_episodes_as_reinforce() -> None:
     ppo = load_experiment("digits-ppo")
-    assert ppo.agent == PPOSettings()
+    assert isinstance(ppo.agent, PPOSettings)
     assert ppo.agent.episodes == load_experiment("digits-reinforce").agent.episodes
     rollout = ppo.agent.episodes_per_update * len(ppo.env.windows())
     assert rollout % ppo.agent.minibatch_size == 0

@@ -1,10 +1,11 @@
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 
-from asg_env.user_code import absolute, is_user_code, load
+from asg_env.user_code import absolute, is_user_code, load, load_module
 
 
 @pytest.fixture
@@ -69,10 +70,36 @@ def test_load_keeps_files_of_the_same_name_apart(tmp_path):
     assert [load(f"{tmp_path}/{folder}/mine.py:name")() for folder in "ab"] == ["a", "b"]
 
 
-def test_load_gives_what_a_worker_can_find_again(file):
-    term = load(f"{file}:Term")
-    # Pickle stores module and name, and looks them up like this.
-    assert getattr(sys.modules[term.__module__], term.__qualname__) is term
+@pytest.mark.parametrize("name", ["mine.py", "my.own %41 code.py", "größe/mine.py"])
+def test_load_gives_what_another_process_can_unpickle(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("class Term:\n    size = 3\n", encoding="utf-8")
+    term = load(f"{path}:Term")
+    pickled = pickle.dumps(term())
+    del sys.modules[term.__module__]  # as in a process that has not run the file
+    found = type(pickle.loads(pickled))  # noqa: S301
+    assert found is not term
+    assert (found.size, sys.modules[found.__module__].__file__) == (3, str(path))
+    assert load(f"{path}:Term") is found
+    # Unpickling imports what stands before the last dot, where the finder of files is.
+    assert term.__module__.rpartition(".")[0] == load.__module__
+
+
+def test_load_module_runs_the_file_once_whatever_it_is_asked_for(file):
+    module = load_module(f"{file}:nothing of that name")
+    assert module.SIZE == 3
+    assert module.Term is load(f"{file}:Term")
+    assert runs(file) == 1
+
+
+def test_modules_of_other_names_are_left_to_others():
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        import no_such_package  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match="asg_env.no_such"):
+        import asg_env.no_such  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match="asg_env.user_code.no_such"):
+        import asg_env.user_code.no_such  # noqa: F401
 
 
 def refusal(name: str) -> str:
