@@ -108,7 +108,7 @@ def run_on_ray(
                     ray.get(reference)
                 except ray.exceptions.RayTaskError as failed:
                     error = failed if failed.cause is None else failed.cause
-                    error.add_note(failed.traceback_str)  # the cause has come without its own
+                    error.add_note(str(failed))  # the cause has come without its traceback
                 except ray.exceptions.RayError as failed:  # its process or machine died
                     error = failed
                 yield running.pop(reference), error

@@ -75,7 +75,7 @@ class FreeEnv(gym.Env[Any, Any]):
         self._rows = draws.random((HORIZON + 1, width_of(both)), dtype=np.float32)
         self._step = 0
         total = SimpleNamespace(total_steps=HORIZON)
-        self.trainer = SimpleNamespace(inner_step=0, settings=total)
+        self.trainer = SimpleNamespace(inner_step=0, settings=total, images_evaluated=0)
         self.settings = SimpleNamespace(metric="accuracy")
         self.images_per_measurement = 0
         self._record = {

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,9 @@ def test_ray_tasks_give_the_results_of_this_process(tmp_path, monkeypatch):
     errors = dict(outcomes)
 
     assert ticks
-    assert isinstance(errors.pop(broken), KeyError)
+    error = errors.pop(broken)
+    assert isinstance(error, KeyError)
+    assert "in run_trial" in "".join(traceback.format_exception(error))
     assert errors == dict.fromkeys(work)
     for trial in work:
         trials.run_trial(benchmark, trial, roots[1])
