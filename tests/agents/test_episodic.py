@@ -264,26 +264,26 @@ def test_load_says_in_a_sentence_that_a_checkpoint_is_damaged(kind, make_setting
     whole, tensors = path.read_bytes(), load_file(str(path))
     for share in (0.0, 0.01, 0.5, 0.99):
         path.write_bytes(whole[: int(share * len(whole))])
-        refusal(learner, path)
+        assert refusal(learner, path)
     save_file(tensors, str(path))  # without the number of updates
-    refusal(learner, path)
+    assert refusal(learner, path)
     save_file(tensors, str(path), metadata={"updates": "many"})
-    refusal(learner, path)
+    assert refusal(learner, path)
     missing = {name: t for name, t in tensors.items() if name != "network/actor.bias"}
     save_file(missing, str(path), metadata={"updates": "1"})
-    refusal(learner, path)
+    assert refusal(learner, path)
     path.unlink()
-    refusal(learner, path)
+    assert refusal(learner, path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_refuses_the_checkpoint_of_another_network(kind, make_settings, tmp_path):
     path = tmp_path / "last.safetensors"
     learner_of(kind, make_settings(), hidden_size=5).save(path, update=0)
-    refusal(learner_of(kind, make_settings()), path)
+    assert refusal(learner_of(kind, make_settings()), path)
     # As many layer groups as one likes, but not other entries of each.
     learner_of(kind, make_settings(observation="extended")).save(path, update=0)
-    refusal(learner_of(kind, make_settings()), path)
+    assert refusal(learner_of(kind, make_settings()), path)
 
 
 def test_load_refuses_the_checkpoint_of_another_agent_with_the_same_network(
