@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluate import Row, TestResult
+from agents.evaluate import Row
+from agents.protocol import TestResult
 from agents.run_folder import write_text
 
 EPISODES = "episodes.json"  # of a run folder, beside results.json

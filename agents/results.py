@@ -5,8 +5,8 @@ from typing import Any
 from rich.table import Table
 
 from agents.baselines import FAMILIES
-from agents.evaluate import MODE_INSTANCES, reads_real_labels
 from agents.experiment import Experiment
+from agents.protocol import MODE_INSTANCES, reads_real_labels
 
 IN_WORDS = {"accuracy": "accuracy", "mean_recall": "mean per-class recall"}  # metrics
 HEADINGS = (

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluate import EVALUATION_SEED, Row, reward_in_words
+from agents.evaluate import Row
 from agents.experiment import Experiment
+from agents.protocol import EVALUATION_SEED, reward_in_words
 from agents.statistics import Estimate, bootstrap_iqm, bootstrap_values
 from asg_env.core.seeding import numpy_generator
 from asg_env.instances import VARIED

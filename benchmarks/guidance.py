@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from agents.baselines import uniform
-from agents.evaluate import TestResult, judge_controller
+from agents.protocol import TestResult, judge_controller
 from agents.rollout import RolloutPool
 from asg_env.instances import Instance
 from asg_env.task_settings import settings_class

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from scipy import stats
 
-from agents.benchmark_statistics import (
+from agents.benchmark.statistics import (
     aggregate_iqm,
     iqm_difference,
     optimality_gap,

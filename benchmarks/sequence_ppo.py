@@ -41,7 +41,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents.episodic import draw_instances, rollout_jobs
 from agents.recurrent_policy import layout_of
 from agents.rollout import Episode, WorkerPool, run_policy
-from agents.sb3_algorithms import Spaces, spaces_of
+from agents.sb3.algorithms import Spaces, spaces_of
 from agents.sequence_ppo import SequencePPO, SequencePPOSettings
 from asg_env.config import EnvSettings
 from benchmarks.timing import write_json

@@ -30,7 +30,7 @@ from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 ENV = {"instances": "unknown-scale", "observation": "normalised"}
-KINDS = tuple(kind for kind, (module, _) in AGENTS.items() if module == "agents.sb3")
+KINDS = tuple(kind for kind, (module, _) in AGENTS.items() if module == "agents.sb3.learner")
 FULL_EPISODES = 960  # of the trainings that the best settings are for
 COLUMNS = ("kind", "candidate", "score", "deviation", "diverged", "episodes", "seconds", "settings")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from agents.benchmark import BenchmarkSettings
-from agents.cli import main
-from agents.comparison import RowSettings
+from agents.benchmark.plan import BenchmarkSettings
+from agents.cli.main import main
+from agents.compare.plan import RowSettings
 from agents.evolution import EvolutionSettings
 from agents.experiment import TrainSettings
 from agents.reinforce import ReinforceSettings

@@ -75,7 +75,7 @@ def smaller(words):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    from agents.cli import main
+    from agents.cli.main import main
 
     def run(words):
         monkeypatch.setattr(sys, "argv", words)

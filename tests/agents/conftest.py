@@ -13,8 +13,8 @@ import pytest
 
 import agents.episodic
 import agents.train
-from agents.compare import Comparison, TrialRunner
-from agents.comparison import ComparisonSettings, Plan
+from agents.compare.plan import ComparisonSettings, Plan
+from agents.compare.work import Comparison, TrialRunner
 from agents.experiment import Experiment
 from agents.rollout import Episode
 from agents.run_folder import RunFolder
@@ -179,7 +179,7 @@ def asg(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., SimpleNamespace]:
     """Run the command `asg` in this process; return its status, stdout and stderr."""
-    from agents.cli import main
+    from agents.cli.main import main
 
     def run(*arguments: str | Path) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["asg", *map(str, arguments)])

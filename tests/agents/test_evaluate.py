@@ -11,17 +11,11 @@ import torch
 
 import agents
 import asg_env
-from agents import evaluate, judgement
+from agents import evaluate, judgement, protocol
 from agents.baselines import FAMILIES, KnownScale, Static
-from agents.evaluate import (
-    Evaluation,
-    Row,
-    acts_greedily,
-    judge_controller,
-    judge_policy,
-    tuning_set,
-)
+from agents.evaluate import Evaluation, Row
 from agents.policy import RandomPolicy
+from agents.protocol import acts_greedily, judge_controller, judge_policy, tuning_set
 from agents.results import results_markdown
 from agents.rollout import run_controller, run_policy
 from agents.run_folder import RunFolder
@@ -189,7 +183,7 @@ def test_rows_hold_the_controller_first_then_every_baseline(rows):
         *FAMILIES,
         "random policy",
     ]
-    assert set(names[:2]) == set(evaluate.CONTROLLER_ROWS.values())
+    assert set(names[:2]) == set(protocol.CONTROLLER_ROWS.values())
     assert [row.name for row in rows if row.reference] == names[3:5]
 
 
@@ -403,7 +397,7 @@ def test_the_mode_that_does_better_on_train_instances_comes_first(
             accuracy=np.array([0.1, accuracy]), inner_steps=6, validation_images=50
         )
 
-    monkeypatch.setattr(evaluate, "run_policy", outcome)
+    monkeypatch.setattr(protocol, "run_policy", outcome)
     pool = inline_pool(TASK, run.experiment.env)
     evaluation = Evaluation(run, pool, groups=5)
     modes, cost = evaluation._better_first(load_policies(run))

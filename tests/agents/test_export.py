@@ -138,7 +138,7 @@ def test_export_and_fit_act_as_a_benchmark_chose_for_the_training_seed(
     for seed, greedy in enumerate([True, False]):
         text = json.dumps({"greedy": greedy, "cost": {}})
         (run / f"seed-{seed}" / "mode.json").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("agents.cli.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
     found = []
     for seed in (0, 1):
         out, of_seed = tmp_path / f"schedule-{seed}.json", ["--training-seed", str(seed)]

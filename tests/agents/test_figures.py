@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 from matplotlib.figure import Figure
 
-from agents import evaluate
+from agents import protocol
+from agents.evaluate import Row
 from agents.figures import _accuracy_curves, _heat_maps, on_windows
 
 PROGRESS = np.array([0.0, 0.1, 0.3, 1.0])  # growing windows
@@ -15,7 +16,7 @@ def growing(make_episode):
 
 
 def judged(episode):
-    return evaluate.TestResult(episode, np.array([True]), recall=1.0, retention=1.0)
+    return protocol.TestResult(episode, np.array([True]), recall=1.0, retention=1.0)
 
 
 def test_heat_map_gives_each_window_its_width(make_episode):
@@ -28,7 +29,7 @@ def test_heat_map_gives_each_window_its_width(make_episode):
 
 def test_accuracy_curves_stand_where_windows_end(make_episode):
     episode = growing(make_episode)
-    row = evaluate.Row("controller (greedy)", "", [[judged(episode)]])
+    row = Row("controller (greedy)", "", [[judged(episode)]])
     axes = Figure().subplots()
     _accuracy_curves(axes, [row], "accuracy")
     np.testing.assert_allclose(axes.lines[0].get_xdata(), PROGRESS[1:])
@@ -36,7 +37,7 @@ def test_accuracy_curves_stand_where_windows_end(make_episode):
 
 
 def test_accuracy_curves_say_when_there_are_none(make_episode):
-    row = evaluate.Row("controller (greedy)", "", [[judged(make_episode([0.1] * 3))]])
+    row = Row("controller (greedy)", "", [[judged(make_episode([0.1] * 3))]])
     axes = Figure().subplots()
     _accuracy_curves(axes, [row], "accuracy")
     assert [text.get_text() for text in axes.texts] == ["the reward reads no real label"]

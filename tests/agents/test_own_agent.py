@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from agents.benchmark import AgentEntry
+from agents.benchmark.plan import AgentEntry
 from agents.experiment import AGENT_PARTS, SETTINGS_PARTS, Experiment, load_experiment
 from agents.export import export_schedule
 from agents.rollout import RolloutPool, run_policy
@@ -76,7 +76,7 @@ def inline(monkeypatch, file, inline_pool, no_workers):
     """Everything runs in this process."""
     monkeypatch.setattr(load_module(f"{file}:{NAME}"), "RolloutPool", inline_pool)
     monkeypatch.setattr("agents.evaluate.RolloutPool", inline_pool)
-    monkeypatch.setattr("agents.cli.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
 
 
 # Runs

@@ -1,0 +1,1 @@
+"""`asg benchmark`: methods x suites x training seeds, in one table."""

@@ -1,0 +1,266 @@
+"""The command `asg`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from agents.cli.benchmark import benchmark_command
+from agents.cli.compare import compare_command
+from agents.cli.fit import fit_command
+from agents.cli.import_policy import import_policy_command
+from agents.cli.info import info_command, tasks_command
+from agents.cli.options import (
+    Assignments,
+    Greedy,
+    Overwrite,
+    RunPath,
+    Scale,
+    TrainingSeed,
+    Workers,
+    checked_instance,
+    console,
+    policy_of_seed,
+    progress_bar,
+)
+from agents.cli.prepare import prepare_command
+from agents.cli.report import report_command
+from agents.evaluate import compare
+from agents.experiment import load_experiment
+from agents.export import EXPORT_EPISODES, export_schedule
+from agents.figures import draw_run
+from agents.protocol import acts_greedily, reads_real_labels
+from agents.records import write_episodes
+from agents.results import comparison_table, episodes_of_comparison, results_markdown
+from agents.rollout import RolloutPool
+from agents.run_folder import RunFolder, write_text
+from agents.summary import summarise
+from agents.train import estimate_minutes, load_policies, train
+from asg_env.core.guidance import GuidanceError
+from asg_env.core.numerics import NotRepeatableError
+from asg_env.core.optimizers import OneRateError
+from asg_env.tasks.listing import DataError
+from asg_env.validation import ConfigError
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learn layer-wise learning rates for synthetic-to-real training. A mistake gives one "
+    "sentence and status 2; --debug adds the traceback.",
+)
+
+
+@app.command("train")
+def train_command(
+    experiment: Annotated[str, typer.Argument(help="Name of a shipped experiment, or a path.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the estimate.")] = False,
+    settings: Assignments = None,
+) -> None:
+    """Train a controller, compare it with the baselines, export its schedule, draw the result."""
+    loaded = load_experiment(experiment, settings or ())
+    loaded.check()
+    run = None if dry_run else RunFolder.create(out, loaded, resume, overwrite)
+    try:
+        minutes = estimate_minutes(loaded, episodes_of_comparison(loaded, len(loaded.layer_groups)))
+        console.print(
+            f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
+            f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
+            f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
+            f"training, then {minutes['comparison']:.1f} of comparison"
+        )
+        if run is None:
+            return
+        _train_with_progress(run)
+        if loaded.test_labels is None:
+            console.print("no comparison: the target domain has no labels to judge by")
+        else:
+            _evaluate(run, loaded.train.test_instances, loaded.train.workers)
+        _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0, None)
+    except KeyboardInterrupt:
+        if run is not None:
+            again = ["asg", "train", experiment, "--out", str(out), "--resume"]
+            again += [word for setting in settings or () for word in ("--set", setting)]
+            console.print(
+                "interrupted; what is finished stands (checkpoints, searches): go on with\n  "
+                + shlex.join(again),
+                soft_wrap=True,
+            )
+        raise
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: RunPath,
+    instances: Annotated[
+        int, typer.Option(min=1, max=40, help="Published test instances to judge on.")
+    ] = 40,
+    workers: Workers = 2,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Another run to judge too, may be repeated.")
+    ] = None,
+) -> None:
+    """Judge a trained controller on unseen instances, beside every baseline."""
+    opened = RunFolder.open(run)
+    opened.experiment.check()  # its device may not be here
+    _evaluate(opened, instances, workers, beside or ())
+
+
+@app.command("export")
+def export_command(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Schedule file to write.")],
+    scale: Scale = 1.0,
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Rollouts that are averaged.")
+    ] = EXPORT_EPISODES,
+    training_seed: TrainingSeed = 0,
+    greedy: Greedy = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Average the controller's multipliers over rollouts and write them as a schedule."""
+    opened = RunFolder.open(run)
+    opened.experiment.check()  # its device may not be here
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out must be a file in an existing folder, got {out}; choose another")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists; add --overwrite or choose another --out")
+    _export(opened, out, scale, episodes, training_seed, greedy)
+
+
+app.command("fit")(fit_command)
+app.command("compare")(compare_command)
+app.command("benchmark")(benchmark_command)
+app.command("report")(report_command)
+app.command("tasks")(tasks_command)
+app.command("info")(info_command)
+app.command("prepare")(prepare_command)
+app.command("import-policy")(import_policy_command)
+
+
+def _train_with_progress(run: RunFolder) -> None:
+    total = run.experiment.agent.updates * run.experiment.train.seeds
+    real_labels = reads_real_labels(run.experiment)
+    with progress_bar("seed {task.fields[seed]}") as progress:
+        bar = progress.add_task("train", total=total, seed=0, numbers="")
+
+        def show(seed: int, update: int, values: dict[str, float]) -> None:
+            accuracy = f"{values['accuracy']:.3f}" if real_labels else "not read"
+            numbers = (
+                f"{values['episodes']:.0f} episodes  return {values['return']:+.3f}  "
+                f"accuracy {accuracy}  entropy {values['entropy']:.2f}"
+            )
+            done = seed * run.experiment.agent.updates + update + 1
+            progress.update(bar, completed=done, seed=seed, numbers=numbers)
+            if not console.is_terminal and done % max(1, total // 20) == 0:
+                print(f"{done}/{total} updates  seed {seed}  {numbers}", flush=True)
+
+        train(run, show)
+
+
+def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] = ()) -> None:
+    others = [RunFolder.open(path) for path in beside]
+    with console.status("comparing") as status:
+        rows = compare(
+            run,
+            load_policies(run),
+            [(other, load_policies(other)) for other in others],
+            count,
+            workers,
+            lambda name: status.update(f"comparing: {name}"),
+        )
+    summary = summarise(rows, run.experiment)
+    run.write_json("results.json", summary)
+    write_text(run.path / "results.md", results_markdown(summary))
+    groups = tuple(run.experiment.layer_groups)
+    write_episodes(rows, groups, run.path)
+    draw_run(rows, summary, groups, run.path / "comparison.png")
+    console.print(comparison_table(summary))
+    console.print(f"written: {run.path}/results.json, episodes.json, results.md, comparison.png")
+
+
+def _export(
+    run: RunFolder,
+    out: Path,
+    scale: float,
+    episodes: int,
+    training_seed: int,
+    greedy: bool | None,
+) -> None:
+    checked_instance(run.experiment.task, 0, scale)
+    policy = policy_of_seed(run, training_seed)
+    experiment = run.experiment
+    with RolloutPool(experiment.task, experiment.env, experiment.train.workers) as pool:
+        schedule = export_schedule(
+            run,
+            policy,
+            pool,
+            scale,
+            episodes,
+            deterministic=acts_greedily(run, training_seed) if greedy is None else greedy,
+            training_seed=training_seed,
+        )
+    if schedule.episodes < episodes:
+        console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
+    try:
+        schedule.save(out)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+    table = Table(title=f"mean multipliers at scale {scale:g}, {schedule.episodes} rollouts")
+    table.add_column("progress", justify="right")
+    for name in schedule.layer_groups:
+        table.add_column(name, justify="right")
+    for knot, row in zip(schedule.knots, schedule.multipliers, strict=True):
+        table.add_row(f"{knot:.2f}", *(f"{m:.3g}" for m in row))
+    console.print(table)
+    console.print(f"written: {out}")
+
+
+def main() -> None:
+    """Entry point of the console script: one sentence and status 2 for a mistake."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    try:
+        status = app(arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        message = getattr(error, "format_message", None)
+        if isinstance(error, OSError) and error.strerror:
+            print(f"asg: {error.filename}: {error.strerror}; mend that first", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, torch.OutOfMemoryError):
+            print(
+                "asg: the device ran out of memory; lower env.batch_size, or the number of workers "
+                "(train.workers, --workers)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        sentences = (ConfigError, DataError, GuidanceError, NotRepeatableError, OneRateError)
+        if message is None and not isinstance(error, sentences):
+            raise
+        print(f"asg: {message() if message else error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

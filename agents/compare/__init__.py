@@ -1,0 +1,1 @@
+"""`asg compare`: ways of training side by side on the same test instances."""

@@ -1,0 +1,1 @@
+"""`asg report`: a run or a benchmark as one page."""

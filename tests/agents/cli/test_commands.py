@@ -1,0 +1,320 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import agents.cli.fit
+import agents.cli.info
+import agents.cli.main
+from agents.baselines import FAMILIES
+from agents.experiment import Experiment
+from agents.recurrent_policy import RecurrentPolicy
+from agents.run_folder import RunFolder
+from asg_env.schedule import LearnedSchedule
+from asg_env.tasks import load_task
+
+TASK = "ASG/Digits-v0"
+
+
+def test_train_dry_run_estimates_and_writes_nothing(asg, write, no_workers, tmp_path, monkeypatch):
+    path = write()
+    monkeypatch.chdir(tmp_path)
+    result = asg("train", path, "--out", tmp_path / "run", "--dry-run")
+    assert (result.status, result.err) == (0, "")
+    assert "1 training seed(s) of 8 episodes" in result.out
+    assert "minutes of training" in " ".join(result.out.split())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_train_reads_1e_3_as_a_number(asg, write, no_estimate, tmp_path):
+    path = write()
+    text = path.read_text(encoding="utf-8").replace(
+        "  kind: reinforce\n", "  kind: reinforce\n  policy_lr: 1e-3\n"
+    )
+    path.write_text(text, encoding="utf-8")
+    arguments = ["train", path, "--out", tmp_path / "run", "--dry-run"]
+    assert asg(*arguments, "--set", "env.base_lr=1e-2").status == 0
+
+
+def test_tasks_lists_every_task(asg):
+    result = asg("tasks")
+    assert result.status == 0
+    assert TASK in result.out
+    assert "handwritten" in result.out
+
+
+def test_info_prints_versions_and_a_task(asg):
+    versions = asg("info")
+    assert versions.status == 0
+    assert json.loads(versions.out)["provenance"]["packages"]["torch"] == torch.__version__
+    result = asg("info", "--task", TASK, "--instances", "fixed")
+    assert result.status == 0
+    report = json.loads(result.out)
+    task, instances = report["task"], report["test_instances"]
+    assert list(task["layer_groups"]) == ["conv1", "conv2", "conv3", "conv4", "head"]
+    assert task["splits"]["test"] == 1500
+    assert len(instances) == 40
+    assert {instance["base_lr_scale"] for instance in instances} == {1.0}
+
+
+def test_help_lists_the_commands(asg):
+    result = asg("--help")
+    assert result.status == 0
+    for command in ("train", "evaluate", "export", "fit", "tasks", "info"):
+        assert command in result.out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_values) -> Path:
+    """`asg train`, with real worker processes, from an experiment file to figures."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(make_values()), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["asg", "train", str(path), "--out", str(folder / "run")])
+        with pytest.raises(SystemExit) as stop:
+            agents.cli.main.main()
+    assert stop.value.code == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> Path:
+    """A finished run of one's own."""
+    shutil.copytree(finished, tmp_path / "done")
+    return tmp_path / "done"
+
+
+def test_train_writes_the_promised_files(finished, make_values):
+    assert {p.name for p in finished.iterdir()} == {
+        "comparison.png",
+        "config.yaml",
+        "episodes.json",
+        "known_scale.json",
+        "provenance.json",
+        "results.json",
+        "results.md",
+        "schedule.json",
+        "seed-0",
+    }
+    assert {p.name for p in (finished / "seed-0").iterdir()} == {
+        "checkpoints",
+        "metrics.jsonl",
+        "search.json",
+        "tensorboard",
+    }
+    assert Experiment(make_values()).digest() == RunFolder.open(finished).experiment.digest()
+    assert (finished / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    names = [row["name"] for row in results["rows"]]
+    assert set(FAMILIES) < set(names)
+    markdown = (finished / "results.md").read_text(encoding="utf-8")
+    assert all(name in markdown for name in names)
+    schedule = LearnedSchedule.load(finished / "schedule.json")
+    assert schedule.episodes == 16
+    assert len(schedule.multipliers) == 3
+
+
+def test_train_gives_what_the_library_gives(finished, trained_run):
+    name = "seed-0/checkpoints/last.safetensors"
+    assert (finished / name).read_bytes() == (trained_run.path / name).read_bytes()
+
+
+def test_train_resumes_a_finished_run_without_changing_it(asg, write, done, inline):
+    names = ("seed-0/checkpoints/last.safetensors", "results.json", "schedule.json")
+    before = {name: (done / name).read_bytes() for name in names}
+    assert asg("train", write(), "--out", done, "--resume").status == 0
+    assert {name: (done / name).read_bytes() for name in names} == before
+
+
+def test_train_overwrites_when_asked(asg, write, done, inline):
+    (done / "leftover").write_text("", encoding="utf-8")
+    result = asg("train", write(), "--out", done, "--overwrite", "--set", "seed=4")
+    assert result.status == 0
+    assert not (done / "leftover").exists()
+    assert yaml.safe_load((done / "config.yaml").read_text(encoding="utf-8"))["seed"] == 4
+
+
+def test_evaluate_repeats_the_results_of_training(asg, done, inline):
+    before = (done / "results.json").read_bytes()
+    (done / "results.json").unlink()
+    (done / "comparison.png").unlink()
+    result = asg("evaluate", done, "--instances", "2")
+    assert (result.status, result.err) == (0, "")
+    assert (done / "results.json").read_bytes() == before
+    assert (done / "comparison.png").exists()
+    assert "static search" in result.out
+
+
+def test_evaluate_judges_another_run_beside(asg, done, run, inline):
+    assert asg("evaluate", done, "--instances", "2", "--beside", run).status == 0
+    rows = json.loads((done / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[-1]["name"].startswith("run (reinforce")
+    assert "controller_minus_this" in rows[-1]
+
+
+def test_train_works_with_a_reward_that_reads_no_real_label(asg, write, inline, tmp_path):
+    path = write(
+        env={"reward": "train_loss"},
+        agent={"updates": 1},
+        train={"test_instances": 1},
+    )
+    result = asg("train", path, "--out", tmp_path / "run")
+    assert (result.status, result.err) == (0, "")
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert "accuracy not read" in result.out
+    assert results["protocol"]["reward"] == "1 x train_loss"
+    assert (tmp_path / "run" / "comparison.png").exists()
+
+
+def test_export_writes_a_schedule_at_the_scale_asked_for(asg, done, inline, tmp_path):
+    out = tmp_path / "mine.json"
+    result = asg("export", done, "--out", out, "--scale", "0.5", "--episodes", "3")
+    assert (result.status, result.err) == (0, "")
+    schedule = LearnedSchedule.load(out)
+    assert (schedule.base_lr_scale, schedule.episodes) == (0.5, 3)
+
+
+def test_export_repeats_the_schedule_of_training(asg, done, inline, tmp_path):
+    assert asg("export", done, "--out", tmp_path / "again.json").status == 0
+    assert (tmp_path / "again.json").read_bytes() == (done / "schedule.json").read_bytes()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_export_and_fit_act_as_the_comparison_chose(
+    asg, done, inline, tmp_path, monkeypatch, greedy
+):
+    record = json.loads((done / "results.json").read_text(encoding="utf-8"))
+    record["protocol"]["primary"] = f"controller ({'greedy' if greedy else 'sampled'})"
+    (done / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    asked = []
+    predict = RecurrentPolicy.predict
+
+    def spy(self, *arguments, deterministic):
+        asked.append(deterministic)
+        return predict(self, *arguments, deterministic=deterministic)
+
+    monkeypatch.setattr(RecurrentPolicy, "predict", spy)
+    fit = ["fit", TASK, "--controller", done, "--out"]
+    assert asg(*fit, tmp_path / "a").status == 0
+    assert asg("export", done, "--out", tmp_path / "schedule.json", "--episodes", "1").status == 0
+    assert asked == [greedy] * 6
+    fitted_as = json.loads((tmp_path / "a" / "fit.json").read_text(encoding="utf-8"))["actions"]
+    exported = LearnedSchedule.load(tmp_path / "schedule.json").provenance["actions"]
+    assert fitted_as == exported == ("greedy" if greedy else "sampled")
+    asked.clear()
+    assert asg(*fit, tmp_path / "b", "--sampled" if greedy else "--greedy").status == 0
+    assert asked == [not greedy] * 3
+
+
+def other_device(run: Path, device: str = "abacus") -> Path:
+    """Write another device into a run's settings."""
+    path = run / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["env"]["device"] = device
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return run
+
+
+@pytest.fixture
+def no_pool(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an episode was about to run")
+
+    monkeypatch.setattr("agents.evaluate.RolloutPool", refuse)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_run_whose_device_is_not_here_is_refused(fails, done, tmp_path, command):
+    other_device(done)
+    out = ["--out", tmp_path / "schedule.json"] if command == "export" else []
+    assert "`device` must be a torch device of this machine" in fails(command, done, *out)
+
+
+def test_a_run_beside_is_checked_before_anything_is_run(fails, done, run, no_pool, tmp_path):
+    message = fails("evaluate", run, "--beside", other_device(done))
+    assert "`device` must be a torch device of this machine" in message
+    (done / "results.json").write_text("{", encoding="utf-8")
+    other_device(done, "cpu")
+    assert "is no whole comparison" in fails("evaluate", run, "--beside", done)
+
+
+def fitted(out: Path) -> dict:
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "fit.json"}
+    network = load_task(TASK).optimizee
+    network.load_state_dict(load_file(str(out / "model.safetensors")))
+    record = json.loads((out / "fit.json").read_text(encoding="utf-8"))
+    assert 0 <= record["test_accuracy"] <= 1
+    return record
+
+
+@pytest.mark.parametrize("source", ["schedule", "controller"])
+def test_fit_trains_with_what_was_learned(asg, done, tmp_path, source):
+    path = done / "schedule.json" if source == "schedule" else done
+    out = tmp_path / "model"
+    result = asg("fit", TASK, f"--{source}", path, "--out", out)
+    assert (result.status, result.err) == (0, "")
+    record = fitted(out)
+    assert record["source"] == str(path)
+    assert [window["inner_step"] for window in record["windows"]] == [2, 4, 6]
+    if source == "schedule":
+        learned = LearnedSchedule.load(path)
+        used = [window["lr_multipliers"] for window in record["windows"]]
+        np.testing.assert_array_equal(used, learned.multipliers)
+    first = (out / "model.safetensors").read_bytes()
+    assert asg("fit", TASK, f"--{source}", path, "--out", out, "--overwrite").status == 0
+    assert (out / "model.safetensors").read_bytes() == first
+    again = asg("fit", TASK, f"--{source}", path, "--out", out, "--overwrite", "--seed", "1")
+    assert again.status == 0
+    assert (out / "model.safetensors").read_bytes() != first
+
+
+def test_fit_trains_with_a_baseline(asg, tmp_path):
+    out = tmp_path / "model"
+    assert asg("fit", TASK, "--baseline", "cosine:0.1", "--out", out).status == 0
+    record = fitted(out)
+    assert record["source"] == "baseline cosine:0.1"
+    assert record["windows"][0]["lr_multipliers"] == [0.1] * 5
+    assert record["test_accuracy"] > 0.4
+
+
+def test_fit_names_the_candidate_it_takes_when_none_is_given(asg, tmp_path):
+    result = asg("fit", TASK, "--baseline", "uniform", "--out", tmp_path / "model")
+    assert result.status == 0
+    assert "taking 0.03" in " ".join(result.out.split())
+
+
+def test_fit_reports_a_diverged_training_in_valid_json(asg, schedule, tmp_path):
+    path = tmp_path / "schedule.json"
+    schedule.save(path)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["base_lr"] = 1e25
+    path.write_text(json.dumps(record), encoding="utf-8")
+    result = asg("fit", TASK, "--schedule", path, "--out", tmp_path / "model")
+    assert result.status == 0
+    assert "diverged" in result.out
+    text = (tmp_path / "model" / "fit.json").read_text(encoding="utf-8")
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["test_accuracy"] == 0
+    assert record["windows"][-1]["diverged"] is True
+
+
+def test_fit_without_an_old_task_says_so(asg, image_folders, tmp_path):
+    source, target = image_folders
+    values = {"source": source, "target": target, "backbone": "torchvision:resnet18"}
+    values |= {"weights": "random", "image_size": 32, "batch_size": 4, "horizon": 1}
+    values |= {"inner_steps": 1, "outer_valid_fraction": 0, "reward": "train_loss"}
+    sets = [part for key, value in values.items() for part in ("--set", f"env.{key}={value}")]
+    out = tmp_path / "fit"
+
+    result = asg("fit", "ASG/ImageFolder-v0", "--baseline", "uniform", "--out", out, *sets)
+
+    assert result.status == 0, result.err
+    assert ", no old task to retain\n" in result.out
+    assert json.loads((out / "fit.json").read_text())["retention"] is None
