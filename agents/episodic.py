@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -207,15 +207,34 @@ class Algorithm(ABC):
         unpack(tensors, self._network, self._optimizer)
 
 
+class WarmStarter(Protocol):
+    """What makes a policy better than chance before the first update; see agents.warm_start."""
+
+    episodes: int  # that it may cost
+
+    def run(self, policy: RecurrentPolicy, pool: RolloutPool) -> dict[str, float]:
+        """Train the policy; return metrics as of an update."""
+        ...
+
+
 class EpisodicLearner:
-    """What `asg train` drives: rollout workers, an algorithm, and its checkpoint."""
+    """What `asg train` drives: rollout workers, an algorithm, and its checkpoint.
+
+    A warm start stands in the place of a first update; those of the algorithm follow.
+    """
 
     def __init__(
-        self, task: str, env: EnvSettings, algorithm: Algorithm, updates: int, workers: int
+        self,
+        task: str,
+        env: EnvSettings,
+        algorithm: Algorithm,
+        updates: int,
+        workers: int,
+        warm_start: WarmStarter | None = None,
     ) -> None:
         self._task, self._env, self._workers = task, env, workers
-        self._algorithm = algorithm
-        self.updates = updates
+        self._algorithm, self._warm_start = algorithm, warm_start
+        self.updates = updates + (warm_start is not None)
 
     @property
     def policy(self) -> RecurrentPolicy:
@@ -224,8 +243,16 @@ class EpisodicLearner:
 
     def train(self, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (update, metrics) from update `start` on."""
+        instances, warm = self._env.instances, self._warm_start
         with RolloutPool(self._task, self._env, self._workers) as pool:
-            yield from self._algorithm.train(pool, self._task, self._env.instances, start)
+            if warm is None:
+                yield from self._algorithm.train(pool, self._task, instances, start)
+                return
+            if start == 0:
+                yield 0, warm.run(self.policy, pool)
+            done = max(start - 1, 0)
+            for update, metrics in self._algorithm.train(pool, self._task, instances, done):
+                yield update + 1, {**metrics, "episodes": metrics["episodes"] + warm.episodes}
 
     def save(self, path: Path, update: int) -> None:
         """Write network, optimizer and the number of finished updates as safetensors."""

@@ -32,6 +32,7 @@ from agents.episodic import (
 from agents.lstm_policy import LSTMPolicyNetwork
 from agents.recurrent_policy import Layout, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
+from agents.warm_start import WarmStart, check_warm_start
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import torch_generator
 from asg_env.instances import InstanceSet
@@ -54,12 +55,14 @@ class ReinforceSettings(Settings):
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     entropy_start: Annotated[float, Field(ge=0)] = 0.01  # bonus per nat, first update
     entropy_end: Annotated[float, Field(ge=0)] = 0.0  # bonus per nat, last update
+    warm_start_episodes: Annotated[int, Field(ge=0)] = 0  # besides those of updates; 0: none
     passes: Annotated[int, Field(ge=1)] = 4  # gradient steps on each batch of rollouts
     clip_ratio: Annotated[float, Field(gt=0)] = 0.2  # of the probability ratio, from 2 passes on
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ReinforceSettings":
+        check_warm_start(self.warm_start_episodes)
         if self.memoryless and self.network != "per-feature":
             raise ValueError(
                 f"`memoryless` must be false with network {self.network}, got true; leave it out"
@@ -73,8 +76,8 @@ class ReinforceSettings(Settings):
 
     @property
     def episodes(self) -> int:
-        """Training episodes in all."""
-        return self.updates * self.episodes_per_update
+        """Training episodes in all, those of a warm start included."""
+        return self.warm_start_episodes + self.updates * self.episodes_per_update
 
 
 def returns_to_go(rewards: np.ndarray, discount: float) -> np.ndarray:
@@ -202,4 +205,6 @@ class Learner(EpisodicLearner):
         self, task: str, env: EnvSettings, settings: ReinforceSettings, seed: int, workers: int
     ) -> None:
         algorithm = Reinforce(layout_of(task, env), settings, seed)
-        super().__init__(task, env, algorithm, settings.updates, workers)
+        budget = settings.warm_start_episodes
+        warm_start = WarmStart(task, env, budget, seed) if budget else None
+        super().__init__(task, env, algorithm, settings.updates, workers, warm_start)

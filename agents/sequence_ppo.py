@@ -28,6 +28,7 @@ from agents.episodic import (
 )
 from agents.recurrent_policy import Layout, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
+from agents.warm_start import WarmStart, check_warm_start
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import numpy_generator, torch_generator
 from asg_env.instances import InstanceSet
@@ -42,6 +43,7 @@ class SequencePPOSettings(Settings):
     kind: Literal["sequence-ppo"] = "sequence-ppo"
     updates: Annotated[int, Field(ge=1)] = 30
     episodes_per_update: Annotated[int, Field(ge=2)] = 32  # of an instance each
+    warm_start_episodes: Annotated[int, Field(ge=0)] = 0  # besides those of updates; 0: none
     hidden_size: Annotated[int, Field(ge=1)] = 32
     policy_lr: Annotated[float, Field(gt=0)] = 0.01
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -55,6 +57,7 @@ class SequencePPOSettings(Settings):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "SequencePPOSettings":
+        check_warm_start(self.warm_start_episodes)
         if self.episodes_per_update % self.episodes_per_minibatch:
             raise ValueError(
                 f"`episodes_per_minibatch` must divide episodes_per_update "
@@ -64,8 +67,8 @@ class SequencePPOSettings(Settings):
 
     @property
     def episodes(self) -> int:
-        """Training episodes in all."""
-        return self.updates * self.episodes_per_update
+        """Training episodes in all, those of a warm start included."""
+        return self.warm_start_episodes + self.updates * self.episodes_per_update
 
 
 def generalised_advantages(
@@ -185,4 +188,6 @@ class Learner(EpisodicLearner):
         self, task: str, env: EnvSettings, settings: SequencePPOSettings, seed: int, workers: int
     ) -> None:
         algorithm = SequencePPO(layout_of(task, env), settings, seed)
-        super().__init__(task, env, algorithm, settings.updates, workers)
+        budget = settings.warm_start_episodes
+        warm_start = WarmStart(task, env, budget, seed) if budget else None
+        super().__init__(task, env, algorithm, settings.updates, workers, warm_start)

@@ -77,3 +77,8 @@ def grid_positions(multipliers: Sequence[float], grid: GridName) -> np.ndarray:
     """
     levels = GRIDS[grid]
     return np.interp(multipliers, levels, np.linspace(-1.0, 1.0, len(levels)))
+
+
+def grid_levels(positions: np.ndarray, grid: GridName) -> np.ndarray:
+    """Index of the grid level nearest to each position of `grid_positions`, same shape."""
+    return np.rint((positions + 1) / 2 * (len(GRIDS[grid]) - 1)).astype(np.int64)

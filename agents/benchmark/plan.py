@@ -203,14 +203,19 @@ class Benchmark:
             "tuning_instances": settings.tuning_instances,
             "search_episodes": 0,  # searches are trials of their own
         }
-        probe = Experiment({**section, "agent": {**values, "updates": 1}, "train": train})
-        per_update = probe.agent.episodes
-        if settings.episodes % per_update:
+        one, two = (
+            Experiment({**section, "agent": {**values, "updates": n}, "train": train})
+            for n in (1, 2)
+        )
+        per_update = two.agent.episodes - one.agent.episodes
+        before = one.agent.episodes - per_update  # of a warm start
+        updates, rest = divmod(settings.episodes - before, per_update)
+        if rest or updates < 1:
+            more = f" {before} and" if before else ""
             raise ConfigError(
-                f"`episodes` must be a multiple of {per_update}, the episodes of an update of "
-                f"agent {agent}, got {settings.episodes}; change one of them"
+                f"`episodes` must be{more} a multiple of {per_update}, the episodes of an update "
+                f"of agent {agent}, got {settings.episodes}; change one of them"
             )
-        updates = settings.episodes // per_update
         return Experiment(
             {
                 **section,

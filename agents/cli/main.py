@@ -149,7 +149,8 @@ app.command("import-policy")(import_policy_command)
 
 
 def _train_with_progress(run: RunFolder) -> None:
-    total = run.experiment.agent.updates * run.experiment.train.seeds
+    budget = run.experiment.agent.episodes
+    total, told = budget * run.experiment.train.seeds, 0
     real_labels = reads_real_labels(run.experiment)
     with progress_bar("seed {task.fields[seed]}") as progress:
         bar = progress.add_task("train", total=total, seed=0, numbers="")
@@ -157,13 +158,15 @@ def _train_with_progress(run: RunFolder) -> None:
         def show(seed: int, update: int, values: dict[str, float]) -> None:
             accuracy = f"{values['accuracy']:.3f}" if real_labels else "not read"
             numbers = (
-                f"{values['episodes']:.0f} episodes  return {values['return']:+.3f}  "
+                f"update {update + 1}  return {values['return']:+.3f}  "
                 f"accuracy {accuracy}  entropy {values['entropy']:.2f}"
             )
-            done = seed * run.experiment.agent.updates + update + 1
+            nonlocal told
+            done = seed * budget + values["episodes"]
             progress.update(bar, completed=done, seed=seed, numbers=numbers)
-            if not console.is_terminal and done % max(1, total // 20) == 0:
-                print(f"{done}/{total} updates  seed {seed}  {numbers}", flush=True)
+            if not console.is_terminal and int(20 * done / total) > told:
+                told = int(20 * done / total)
+                print(f"{done:.0f}/{total} episodes  seed {seed}  {numbers}", flush=True)
 
         train(run, show)
 
