@@ -146,9 +146,6 @@ def search_static(
 ) -> SearchResult:
     """Successive halving over random vectors of grid levels.
 
-    Every rung triples the train instances and keeps a third of the candidates, so each costs
-    about two thirds of the first; the number of candidates follows from the budget.
-
     Args:
         scorer: Runs and remembers the episodes.
         grid: Levels the vectors are made of.
@@ -160,13 +157,7 @@ def search_static(
     Raises:
         ConfigError: The budget is below the cost of one candidate.
     """
-    # Of n candidates the first rung costs n * FIRST_RUNG episodes and each later one two thirds
-    # of that, so n follows from the budget. A small budget has room for fewer rungs: the last
-    # one has KEPT candidates or so.
-    for rungs in range(RUNGS, 0, -1):
-        count = int(budget / (FIRST_RUNG * (1 + (rungs - 1) * (1 - 1 / KEPT))))
-        if count >= KEPT**rungs or rungs == 1:
-            break
+    count, rungs = candidates_within(budget)
     if count < 1:
         raise ConfigError(
             f"`train.search_episodes` must be 0 or >= {FIRST_RUNG}, got {budget}; raise it"
@@ -174,11 +165,44 @@ def search_static(
     generator = numpy_generator(seed, "static-search")
     levels = GRIDS[grid]
     vectors = generator.integers(len(levels), size=(count, groups))
-    alive: dict[str, Controller] = {}
+    candidates: dict[str, Controller] = {}
     for row in vectors.tolist():
         vector = tuple(levels[i] for i in row)
-        alive[str(vector)] = Static(vector)
-    scores: dict[str, float] = {}
+        candidates[str(vector)] = Static(vector)
+    best, accuracy = successive_halving(scorer, candidates, rungs, progress)
+    winner = candidates[best]
+    assert isinstance(winner, Static)
+    return SearchResult(
+        winner.vector, accuracy, scorer.episodes, scorer.inner_steps, scorer.validation_images
+    )
+
+
+def candidates_within(budget: int) -> tuple[int, int]:
+    """Candidates, and rungs, that successive halving has room for.
+
+    Of n candidates the first rung costs n * FIRST_RUNG episodes and each later one two thirds of
+    that, so n follows from the budget. A small budget has room for fewer rungs: the last one has
+    KEPT candidates or so.
+    """
+    count = 0
+    for rungs in range(RUNGS, 0, -1):
+        count = int(budget / (FIRST_RUNG * (1 + (rungs - 1) * (1 - 1 / KEPT))))
+        if count >= KEPT**rungs:
+            return count, rungs
+    return count, 1
+
+
+def successive_halving(
+    scorer: Scorer,
+    candidates: dict[str, Controller],
+    rungs: int,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> tuple[str, float]:
+    """Return the best candidate, and its mean score on the train instances of the last rung.
+
+    Every rung triples the train instances and keeps a third of the candidates.
+    """
+    alive, scores = candidates, dict.fromkeys(candidates, 0.0)
     for rung in range(rungs):
         scores = scorer.score(alive, FIRST_RUNG * KEPT**rung)
         progress(scorer.episodes)
@@ -186,8 +210,4 @@ def search_static(
         keep = ranked if rung == rungs - 1 else ranked[: max(1, len(ranked) // KEPT)]
         alive = {name: alive[name] for name in keep}
     best = next(iter(alive))
-    winner = alive[best]
-    assert isinstance(winner, Static)
-    return SearchResult(
-        winner.vector, scores[best], scorer.episodes, scorer.inner_steps, scorer.validation_images
-    )
+    return best, scores[best]
