@@ -210,7 +210,7 @@ class Algorithm(ABC):
 class WarmStarter(Protocol):
     """What makes a policy better than chance before the first update; see agents.warm_start."""
 
-    episodes: int  # that it may cost
+    episodes: int  # that it costs
 
     def run(self, policy: RecurrentPolicy, pool: RolloutPool) -> dict[str, float]:
         """Train the policy; return metrics as of an update."""
@@ -220,7 +220,13 @@ class WarmStarter(Protocol):
 class EpisodicLearner:
     """What `asg train` drives: rollout workers, an algorithm, and its checkpoint.
 
-    A warm start stands in the place of a first update; those of the algorithm follow.
+    Args:
+        task: Environment id.
+        env: Settings of the environment.
+        algorithm: What is trained.
+        updates: Of the algorithm.
+        workers: Processes that run the episodes; 0: this one.
+        warm_start: Stands in the place of a first update; those of the algorithm follow.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What `asg evaluate` and `asg benchmark` share: judging an episode, choosing how an agent acts.
 
-Everything that is tuned or searched is chosen on outer_valid of *train* instances before any test
-image is looked at.
+Greedy or sampled actions are chosen on outer_valid of *train* instances, before any test image is
+looked at.
 """
 
 import json

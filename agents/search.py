@@ -1,6 +1,6 @@
 """The strongest hand-free static baseline: a seeded search for one multiplier vector."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -142,7 +142,6 @@ def search_static(
     groups: int,
     budget: int,
     seed: int,
-    progress: Callable[[int], None] = lambda episodes: None,
 ) -> SearchResult:
     """Successive halving over random vectors of grid levels.
 
@@ -152,16 +151,14 @@ def search_static(
         groups: G.
         budget: Training runs that the whole search may cost.
         seed: Of the random vectors.
-        progress: Called with the episodes spent so far.
+
+    Returns:
+        The best vector, and what the search cost.
 
     Raises:
         ConfigError: The budget is below the cost of one candidate.
     """
     count, rungs = candidates_within(budget)
-    if count < 1:
-        raise ConfigError(
-            f"`train.search_episodes` must be 0 or >= {FIRST_RUNG}, got {budget}; raise it"
-        )
     generator = numpy_generator(seed, "static-search")
     levels = GRIDS[grid]
     vectors = generator.integers(len(levels), size=(count, groups))
@@ -169,7 +166,7 @@ def search_static(
     for row in vectors.tolist():
         vector = tuple(levels[i] for i in row)
         candidates[str(vector)] = Static(vector)
-    best, accuracy = successive_halving(scorer, candidates, rungs, progress)
+    best, accuracy = successive_halving(scorer, candidates, rungs)
     winner = candidates[best]
     assert isinstance(winner, Static)
     return SearchResult(
@@ -183,7 +180,14 @@ def candidates_within(budget: int) -> tuple[int, int]:
     Of n candidates the first rung costs n * FIRST_RUNG episodes and each later one two thirds of
     that, so n follows from the budget. A small budget has room for fewer rungs: the last one has
     KEPT candidates or so.
+
+    Raises:
+        ConfigError: The budget is below the cost of one candidate.
     """
+    if budget < FIRST_RUNG:
+        raise ConfigError(
+            f"the episodes of a search must be >= {FIRST_RUNG}, got {budget}; raise them"
+        )
     count = 0
     for rungs in range(RUNGS, 0, -1):
         count = int(budget / (FIRST_RUNG * (1 + (rungs - 1) * (1 - 1 / KEPT))))
@@ -196,16 +200,20 @@ def successive_halving(
     scorer: Scorer,
     candidates: dict[str, Controller],
     rungs: int,
-    progress: Callable[[int], None] = lambda episodes: None,
 ) -> tuple[str, float]:
-    """Return the best candidate, and its mean score on the train instances of the last rung.
+    """Triple the train instances from rung to rung, and keep a third of the candidates.
 
-    Every rung triples the train instances and keeps a third of the candidates.
+    Args:
+        scorer: Runs and remembers the episodes.
+        candidates: At least one, by name.
+        rungs: The first scores every candidate on FIRST_RUNG train instances.
+
+    Returns:
+        The best candidate, and its mean score on the train instances of the last rung.
     """
     alive, scores = candidates, dict.fromkeys(candidates, 0.0)
     for rung in range(rungs):
         scores = scorer.score(alive, FIRST_RUNG * KEPT**rung)
-        progress(scorer.episodes)
         ranked = sorted(alive, key=lambda name: -scores[name])
         keep = ranked if rung == rungs - 1 else ranked[: max(1, len(ranked) // KEPT)]
         alive = {name: alive[name] for name in keep}

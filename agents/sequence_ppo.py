@@ -189,5 +189,5 @@ class Learner(EpisodicLearner):
     ) -> None:
         algorithm = SequencePPO(layout_of(task, env), settings, seed)
         budget = settings.warm_start_episodes
-        warm_start = WarmStart(task, env, budget, seed) if budget else None
+        warm_start = WarmStart(task, env, budget, seed, workers) if budget else None
         super().__init__(task, env, algorithm, settings.updates, workers, warm_start)

@@ -17,14 +17,15 @@ from torch import Tensor
 from agents.episodic import Batch, PolicyNetwork, costs_of, draw_instances, metrics_of
 from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
-from agents.search import FIRST_RUNG, search
+from agents.search import FIRST_RUNG, KEPT, search
 from asg_env.actions import GRIDS, grid_levels
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed, numpy_generator
+from asg_env.rewards import Reward
 from asg_env.validation import ConfigError
 
-IMITATED = 16  # episodes of the controller that is imitated
-LEAST = IMITATED + FIRST_RUNG  # episodes of a warm start
+IMITATED = 16  # episodes of the controller that is imitated, and what the search leaves over
+LEAST = IMITATED + KEPT * FIRST_RUNG  # episodes of a warm start: a search among a few vectors
 SHARPNESS = 2.0  # log-odds of the wanted choice over one that is a level away from it
 PASSES, LR = 400, 0.01  # gradient steps on these episodes, and Adam's rate
 
@@ -76,7 +77,7 @@ class SetPoint:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, None]:
-        """Choose for one observation of shape (D,)."""
+        """Choose for one observation of shape (D,): an action of shape (G,), and no state."""
         cumulative = self.probabilities(observation).cumsum(axis=-1)
         if deterministic:
             return self.probabilities(observation).argmax(axis=-1), None
@@ -114,37 +115,50 @@ class WarmStart:
     Args:
         task: Environment id.
         env: Settings of the environment.
-        episodes: That it may cost, at least `LEAST`.
+        episodes: That it costs, at least `LEAST`.
         seed: Training seed.
+        workers: Processes that run the search; 0: this one.
 
     Raises:
-        ConfigError: Observations do not say where the layer groups stand.
+        ConfigError: The reward reads no real labels, as the search does, or observations do not
+            say where the layer groups stand.
     """
 
-    def __init__(self, task: str, env: EnvSettings, episodes: int, seed: int) -> None:
+    def __init__(self, task: str, env: EnvSettings, episodes: int, seed: int, workers: int) -> None:
+        if "outer_valid" not in Reward(env.reward).splits:
+            raise ConfigError(
+                "`agent.warm_start_episodes` must be 0 with a reward that reads no real labels, "
+                f"because the search reads them, got {episodes}; leave it out"
+            )
         if env.observation == "asg" and env.action == "relative":
             raise ConfigError(
                 "`agent.warm_start_episodes` must be 0 with the observation asg and relative "
                 f"actions, got {episodes}; set env.observation=scaled or env.action=grid"
             )
-        self._task, self._env, self._seed = task, env, seed
+        self._task, self._env, self._seed, self._workers = task, env, seed, workers
         self.episodes = episodes
 
     def run(self, policy: RecurrentPolicy, pool: RolloutPool) -> dict[str, float]:
-        """Search, then imitate; return metrics as of an update, of the imitated episodes."""
-        env, layout = self._env, layout_of(self._task, self._env)
+        """Search, then imitate.
+
+        Args:
+            policy: Trained in place.
+            pool: Of the environments that it will be trained in.
+
+        Returns:
+            Metrics as of an update. Return, accuracy, divergence and entropy are those of the
+            controller that is imitated, costs are those of the search too, and
+            `imitation_divergence` is what `imitate` returns.
+        """
+        task, env, layout = self._task, self._env, layout_of(self._task, self._env)
         seed = derive_seed(self._seed, "warm-start")
-        found = search(
-            pool,
-            self._task,
-            env.instances,
-            env.grid,
-            len(layout.per_group),
-            self.episodes - IMITATED,
-            seed,
-        )
+        budget, groups = self.episodes - IMITATED, len(layout.per_group)
+        blind = env.model_copy(update={"observation": "scaled"})  # the cheapest; nobody looks
+        with RolloutPool(task, blind, self._workers) as unseen:
+            found = search(unseen, task, env.instances, env.grid, groups, budget, seed)
         leader = SetPoint([GRIDS[env.grid].index(m) for m in found.vector], layout, env)
-        drawn = draw_instances(seed, 0, self._task, env.instances, IMITATED)
+        left = self.episodes - found.episodes
+        drawn = draw_instances(seed, 0, task, env.instances, left)
         jobs = [
             (leader, instance, derive_seed(seed, "rollout", index), False)
             for index, instance in enumerate(drawn)
@@ -157,7 +171,7 @@ class WarmStart:
         costs = costs_of(episodes)
         entropy = -(probabilities * np.log(probabilities)).sum(axis=-1).mean(axis=-1)
         return {
-            **metrics_of(episodes, self.episodes - IMITATED),
+            **metrics_of(episodes, found.episodes),
             "entropy": float(batch.mean(torch.from_numpy(entropy).float())),
             "imitation_divergence": divergence,
             "inner_steps": costs["inner_steps"] + found.inner_steps,

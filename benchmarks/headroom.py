@@ -2,11 +2,13 @@
 
     python -m benchmarks.headroom --suite digits-mixed --out headroom.json
 
-Every row is a search of the same kind and budget (successive halving, on train instances), judged
-on the test instances of the suite. A row that *knows* something is told what no controller is told:
-it says what finding it out could gain. The two rows *near it* search around the first row's vector:
-`near it` moves its groups by a level or not at all, `near it, in thirds` does so in each third of
-the training apart. Their difference is what changing rates over time is worth to such a search.
+Every row is a search of the same kind (successive halving, on train instances) over as many
+different candidates, judged on the test instances of the suite. A row that *knows* something is
+told what no controller is told: it says what finding it out could gain. One that knows the
+optimizer searches for each alone, with half of the budget. The two rows *near it* go on from the
+first row's vector, so they cost a search more: `near it` moves its groups by up to two levels,
+`near it, in thirds` does so in each third of the training apart. Their difference is what changing
+rates over time is worth to such a search.
 
 A search is kept in --out when it is done, and not repeated by the same command.
 """
@@ -19,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from agents.baselines import Controller
 from agents.benchmark.plan import Suite
 from agents.benchmark.statistics import aggregate_iqm, iqm_difference
 from agents.protocol import judge_controller
+from agents.result_files import read_json
 from agents.rollout import RolloutPool
 from agents.run_folder import write_text
 from agents.search import (
@@ -62,6 +66,7 @@ class Row:
 
 
 STATIC = "static"
+NEAR = 2  # levels
 ROWS = {
     STATIC: Row(),
     "knows the scale": Row(scale=True),
@@ -104,30 +109,40 @@ def search(
         name: Of the row.
         suite: Its train instances are searched on.
         pool: Of its environments.
-        episodes: That the search may cost; twice, where it knows the optimizer.
+        episodes: That the search may cost.
         seed: Of candidates and instances.
         start: What the first row found; read by rows near it.
+
+    Raises:
+        ConfigError: The budget is too low for a candidate, or too high.
     """
     row, settings = ROWS[name], suite.settings()
     grid, groups = GRIDS[settings.grid], len(task_of(suite.task, settings).layer_groups)
     seed = derive_seed(seed, "headroom", suite.name)
     listed = train_instances(suite.task, settings.instances, seed, 4 * LAST_RUNG)
-    count, rungs = candidates_within(episodes)
+    told = sorted({str(i.optimizer) for i in listed}) if row.optimizer else [""]
+    count, rungs = candidates_within(episodes // len(told))
     generator = numpy_generator(seed, name)
-    if row.near:
-        moves = generator.integers(-1, 2, size=(count, row.phases, groups))
-        moves[0] = 0
-        levels = [[grid.index(m) for m in start[0]]] + moves
-    else:
-        levels = generator.integers(len(grid), size=(count, row.phases, groups))
-    levels = np.clip(levels, 0, len(grid) - 1)
-    vectors = [[[grid[i] for i in part] for part in one] for one in levels.tolist()]
+    if count > (NEAR + 1) ** groups:  # of a vector in a corner of the grid
+        raise ConfigError(f"--episodes must be lower to have as many neighbours, got {episodes}")
+    vectors: dict[str, Vectors] = {}
+    while len(vectors) < count:
+        if row.near:
+            moves = generator.integers(-NEAR, NEAR + 1, size=(row.phases, groups))
+            levels = [grid.index(m) for m in start[0]] + moves * bool(vectors)  # first: as it is
+            levels = np.clip(levels, 0, len(grid) - 1)
+        else:
+            levels = generator.integers(len(grid), size=(row.phases, groups))
+        vector = [[grid[i] for i in part] for part in levels.tolist()]
+        vectors[str(vector)] = vector
     found = {}
-    for optimizer in sorted({str(i.optimizer) for i in listed}) if row.optimizer else [""]:
+    for optimizer in told:
         part = [i for i in listed if not optimizer or i.optimizer == optimizer]
-        candidates: dict[str, Controller] = {str(v): Told({"": v}, row.scale) for v in vectors}
+        candidates: dict[str, Controller] = {
+            key: Told({"": vector}, row.scale) for key, vector in vectors.items()
+        }
         best, _ = successive_halving(Scorer(pool, part), candidates, rungs)
-        found[optimizer] = next(v for v in vectors if str(v) == best)
+        found[optimizer] = vectors[best]
     return Told(found, row.scale)
 
 
@@ -137,14 +152,15 @@ def run(
     """Search and judge what --out does not hold yet; return all of it.
 
     Raises:
-        ConfigError: --out is of another suite, version or budget.
+        ConfigError: --out is damaged, or of another suite, version or budget.
     """
     head = {"suite": suite.name, "version": suite.version, "episodes": episodes, "tests": tests}
     settings, listed = suite.settings(), suite.tests(tests)
-    varies = any(instance.optimizer for instance in listed)
+    # Of `transfer` only test instances have another optimizer, for which nothing can be searched.
+    varies = train_instances(suite.task, settings.instances, 0, 1)[0].optimizer is not None
     found: dict[str, Any] = {**head, "rows": {}}
     if out.exists():
-        found = json.loads(out.read_text(encoding="utf-8"))
+        found = read_json(out, ("rows",), "give another --out")
         if {key: found.get(key) for key in head} != head:
             raise ConfigError(f"--out {out} is of another suite, version or budget; give another")
     with RolloutPool(suite.task, settings, workers) as pool:
@@ -195,10 +211,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    suite = Suite.load(arguments.suite, {})
+    torch.set_num_threads(1)  # bits change with the thread count
     try:
         found = run(
-            suite,
+            Suite.load(arguments.suite, {}),
             arguments.episodes,
             arguments.seeds,
             arguments.tests,

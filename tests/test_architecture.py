@@ -15,6 +15,8 @@ FORBIDDEN = {
     "asg_env.core": {"gymnasium", "yaml", "pydantic", "json", "os", "pathlib", "tempfile"},
     "asg_env.tasks": {"gymnasium", "yaml", "pydantic"},
     "agents": {"benchmarks"},
+    "agents.sb3.settings": SB3,  # read before it is known whether SB3 is there
+    "agents.sb3.box_settings": SB3,
     "configs": {"asg_env", "agents", "benchmarks"},
 }
 # What the modules below a prefix may import of asg_env.
@@ -111,6 +113,7 @@ def test_every_layer_is_looked_at():
         ("asg_env", "import agents"),
         ("agents.train", "from stable_baselines3 import PPO"),
         ("agents.train", "import sb3_contrib.ppo_recurrent"),
+        ("agents.sb3.box_settings", "from sb3_contrib import TQC"),
         ("agents.train", "import yaml"),
         ("agents.train", "from agents.cli.options import console"),
         ("agents.benchmark.trials", "from agents.report import page"),

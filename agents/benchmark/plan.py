@@ -208,12 +208,17 @@ class Benchmark:
             for n in (1, 2)
         )
         per_update = two.agent.episodes - one.agent.episodes
+        if per_update < 1:  # of an agent of one's own
+            raise ConfigError(
+                f"`episodes` of agent {agent} must grow with its updates, got "
+                f"{one.agent.episodes} for one and {two.agent.episodes} for two; mend it"
+            )
         before = one.agent.episodes - per_update  # of a warm start
         updates, rest = divmod(settings.episodes - before, per_update)
         if rest or updates < 1:
-            more = f" {before} and" if before else ""
+            more = f"{before}, which agent {agent} starts with, plus " if before else ""
             raise ConfigError(
-                f"`episodes` must be{more} a multiple of {per_update}, the episodes of an update "
+                f"`episodes` must be {more}a multiple of {per_update}, the episodes of an update "
                 f"of agent {agent}, got {settings.episodes}; change one of them"
             )
         return Experiment(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from agents.benchmark.pictures import FIGURES, TRANSFER, figures
+from agents.benchmark.figures import FIGURES, TRANSFER, figures
 from agents.benchmark.wording import (
     kinds_table,
     metric_in_words,

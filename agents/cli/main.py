@@ -149,11 +149,13 @@ app.command("import-policy")(import_policy_command)
 
 
 def _train_with_progress(run: RunFolder) -> None:
-    budget = run.experiment.agent.episodes
-    total, told = budget * run.experiment.train.seeds, 0
+    agent, told = run.experiment.agent, 0
+    total = agent.episodes * run.experiment.train.seeds
+    first = getattr(agent, "warm_start_episodes", 0)
+    waiting = f"static search, {first} episodes" if first else ""
     real_labels = reads_real_labels(run.experiment)
     with progress_bar("seed {task.fields[seed]}") as progress:
-        bar = progress.add_task("train", total=total, seed=0, numbers="")
+        bar = progress.add_task("train", total=total, seed=0, numbers=waiting)
 
         def show(seed: int, update: int, values: dict[str, float]) -> None:
             accuracy = f"{values['accuracy']:.3f}" if real_labels else "not read"
@@ -162,11 +164,12 @@ def _train_with_progress(run: RunFolder) -> None:
                 f"accuracy {accuracy}  entropy {values['entropy']:.2f}"
             )
             nonlocal told
-            done = seed * budget + values["episodes"]
+            # SB3 finishes some episodes more or fewer than it was given env steps for.
+            done = seed * agent.episodes + min(int(values["episodes"]), agent.episodes)
             progress.update(bar, completed=done, seed=seed, numbers=numbers)
             if not console.is_terminal and int(20 * done / total) > told:
                 told = int(20 * done / total)
-                print(f"{done:.0f}/{total} episodes  seed {seed}  {numbers}", flush=True)
+                print(f"{done}/{total} episodes  seed {seed}  {numbers}", flush=True)
 
         train(run, show)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.benchmark.pictures import TRANSFER, figures
+from agents.benchmark.figures import TRANSFER, figures
 from agents.benchmark.plan import Benchmark, BenchmarkSettings
 from agents.benchmark.results import summarise_benchmark
 from agents.benchmark.table import MANIFEST, SELECTION, read_manifest, read_results

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agents.benchmark.figures import (
+from agents.benchmark.drawing import (
     CELLS,
     DASHES,
     HIGHLIGHT,

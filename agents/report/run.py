@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.benchmark.figures import draw_aggregates
+from agents.benchmark.drawing import draw_aggregates
 from agents.benchmark.statistics import Interval
 from agents.benchmark.wording import warnings
 from agents.records import EPISODES, RIVAL

@@ -76,7 +76,6 @@ __all__ = [
     "TRPOSettings",
     "load_normaliser",
     "load_policy",
-    "spaces_of",
 ]
 
 CHECKPOINT = "last.zip"
@@ -146,10 +145,10 @@ class Learner:
 
         Yields:
             The update and its metrics: those of REINFORCE, but for the gradient norm, which SB3
-            does not report; `entropy` as `sb3_algorithms.entropy_of` says; and SB3's own, by its
-            names: `rollout/...` of the update's episodes, `train/...` of its last gradient steps,
-            `eval/...` after an evaluation. `episodes` counts finished ones, inner steps and images
-            also those of episodes cut by the update's end. Evaluations are in none of these.
+            does not report; `entropy` as `agents.sb3.algorithms.entropy_of` says; and SB3's own, by
+            its names: `rollout/...` of the update's episodes, `train/...` of its last gradient
+            steps, `eval/...` after an evaluation. `episodes` counts finished ones, inner steps and
+            images also those of episodes cut by the update's end. Evaluations are in none of these.
 
         Raises:
             ValueError: `folder` is None, and evaluations or kept models are asked for.

@@ -10,7 +10,7 @@ from agents.lstm_policy import LSTMPolicyNetwork
 from agents.policy import RandomPolicy
 from agents.recurrent_policy import RecurrentPolicy, layout_of
 from agents.rollout import run_controller, run_policy
-from agents.sb3.learner import spaces_of
+from agents.sb3.algorithms import spaces_of
 from asg_env.build import build_trainer
 from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import load_task

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agents import statistics
-from agents.benchmark.pictures import figures
+from agents.benchmark.figures import figures
 from agents.benchmark.presentation import results_markdown, terminal_table, write_results
 from agents.benchmark.results import summarise_benchmark
 from agents.benchmark.wording import kinds_table, metric_in_words, warnings, without_curve

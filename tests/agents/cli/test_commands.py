@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -171,6 +172,32 @@ def test_train_works_with_a_reward_that_reads_no_real_label(asg, write, inline, 
     assert "accuracy not read" in result.out
     assert results["protocol"]["reward"] == "1 x train_loss"
     assert (tmp_path / "run" / "comparison.png").exists()
+
+
+def test_train_counts_episodes_up_to_the_budget_of_all_seeds(
+    asg, write, inline, tmp_path, monkeypatch
+):
+    """SB3 may finish more episodes than the budget says; the bar keeps within each seed's share."""
+
+    def train(run, progress):
+        for seed in range(2):
+            for update, episodes in enumerate((4, 9)):
+                progress(
+                    seed,
+                    update,
+                    {"episodes": episodes, "return": 0.0, "accuracy": 0.0, "entropy": 0.0},
+                )
+
+    monkeypatch.setattr(agents.cli.main, "train", train)
+    monkeypatch.setattr(agents.cli.main, "_evaluate", lambda *_: None)
+    monkeypatch.setattr(agents.cli.main, "_export", lambda *_: None)
+    told = asg("train", write(train={"seeds": 2}), "--out", tmp_path / "run").out
+    assert re.findall(r"(\d+)/(\d+) episodes  seed (\d)", told) == [
+        ("4", "16", "0"),
+        ("8", "16", "0"),
+        ("12", "16", "1"),
+        ("16", "16", "1"),
+    ]
 
 
 def test_export_writes_a_schedule_at_the_scale_asked_for(asg, done, inline, tmp_path):

@@ -18,7 +18,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import experiment
 from agents.sb3 import learner as sb3
-from agents.sb3.learner import CHECKPOINT, Learner, load_normaliser, load_policy, spaces_of
+from agents.sb3.algorithms import spaces_of
+from agents.sb3.learner import CHECKPOINT, Learner, load_normaliser, load_policy
 from agents.sb3.settings import SB3Settings
 from asg_env.config import EnvSettings
 from asg_env.validation import ConfigError, validate

@@ -10,7 +10,6 @@ import pytest
 
 from agents.experiment import AGENTS, Experiment, load_experiment
 from agents.sb3 import learner as sb3
-from agents.sb3 import settings as sb3_settings
 from agents.sb3.algorithms import ALGORITHMS, build_model, spaces_of
 from agents.sb3.settings import PPOSettings, SB3Settings
 from asg_env.config import EnvSettings
@@ -135,9 +134,3 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"needs stable-.*; pip install 'asg-env\[sb3\]'$"):
         importlib.import_module("agents.sb3.learner")
-
-
-def test_settings_need_no_sb3() -> None:
-    source = inspect.getsource(sb3_settings)
-    assert "import stable_baselines3" not in source
-    assert "from stable_baselines3" not in source

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from agents.benchmark import figures as figures
+from agents.benchmark import drawing as figures
 from agents.benchmark.statistics import Band, Interval
 
 INTERVALS = {
