@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import Instance, InstanceSet, draw_instance
 from asg_env.validation import ConfigError
+
+if TYPE_CHECKING:  # it reads batches of episodes itself
+    from agents.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -207,16 +210,6 @@ class Algorithm(ABC):
         unpack(tensors, self._network, self._optimizer)
 
 
-class WarmStarter(Protocol):
-    """What makes a policy better than chance before the first update; see agents.warm_start."""
-
-    episodes: int  # that it costs
-
-    def run(self, policy: RecurrentPolicy, pool: RolloutPool) -> dict[str, float]:
-        """Train the policy; return metrics as of an update."""
-        ...
-
-
 class EpisodicLearner:
     """What `asg train` drives: rollout workers, an algorithm, and its checkpoint.
 
@@ -236,7 +229,7 @@ class EpisodicLearner:
         algorithm: Algorithm,
         updates: int,
         workers: int,
-        warm_start: WarmStarter | None = None,
+        warm_start: "WarmStart | None" = None,
     ) -> None:
         self._task, self._env, self._workers = task, env, workers
         self._algorithm, self._warm_start = algorithm, warm_start

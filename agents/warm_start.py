@@ -78,9 +78,10 @@ class SetPoint:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, None]:
         """Choose for one observation of shape (D,): an action of shape (G,), and no state."""
-        cumulative = self.probabilities(observation).cumsum(axis=-1)
+        probabilities = self.probabilities(observation)
         if deterministic:
-            return self.probabilities(observation).argmax(axis=-1), None
+            return probabilities.argmax(axis=-1), None
+        cumulative = probabilities.cumsum(axis=-1)
         draws = self._generator.random(len(cumulative))
         return (cumulative < draws[:, None] * cumulative[:, -1:]).sum(axis=-1), None
 
