@@ -1,6 +1,5 @@
 """The coordinate-wise policy network: one small LSTM, applied to every layer group."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,8 @@ class CoordinatewiseNetwork(nn.Module):
         hidden_size: Of the LSTM.
         generator: Of the initial weights.
     """
+
+    kind, memoryless = "coordinate-wise", False
 
     def __init__(self, layout: Layout, hidden_size: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -72,35 +73,6 @@ class CoordinatewiseNetwork(nn.Module):
         known, state = self._recur(observations, state)
         log_probs = torch.log_softmax(self.actor(known), dim=-1)
         return log_probs, self.critic(known.mean(dim=2))[..., 0], state
-
-    def step(self, observation: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One step of one episode in NumPy: `forward` but for rounding, and three times as fast.
-
-        PyTorch's calls take longer than the arithmetic does at this size. Both agree to 1e-6.
-
-        Args:
-            observation: float32, shape (D,).
-            state: float32, shape (2, G * hidden).
-
-        Returns:
-            Probabilities of each group's choices, float64, shape (G, M), and the new state.
-        """
-        weights = {name: p.detach().numpy() for name, p in self.named_parameters()}  # views
-        row = np.concatenate((observation[self._entries.numpy()], self._place.numpy()), axis=1)
-        hidden, cell = state.reshape(2, len(row), self.hidden_size)
-        gates = row @ weights["rnn.weight_ih_l0"].T + hidden @ weights["rnn.weight_hh_l0"].T
-        gates += weights["rnn.bias_ih_l0"] + weights["rnn.bias_hh_l0"]
-        gates = gates.reshape(len(row), 4, self.hidden_size)
-        let_in, keep, let_out = (0.5 * np.tanh(0.5 * gates[:, i]) + 0.5 for i in (0, 1, 3))
-        after = np.empty((2, len(row), self.hidden_size), np.float32)
-        after[1] = keep * cell + let_in * np.tanh(gates[:, 2])
-        after[0] = let_out * np.tanh(after[1])
-        logits = (
-            np.concatenate((row, after[0]), axis=1) @ weights["actor.weight"].T
-            + weights["actor.bias"]
-        )
-        odds = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-        return odds / odds.sum(axis=1, keepdims=True), after.reshape(state.shape)
 
     def _recur(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return each group's row beside the LSTM's output, (T, B, G, .), and the new state."""

@@ -189,7 +189,7 @@ class Algorithm(ABC):
             for name, parameter in network.named_parameters()
             if trains_values or not name.startswith("critic")
         ]
-        self._optimizer = torch.optim.Adam(self._parameters, lr=policy_lr, eps=eps)
+        self._optimizer = torch.optim.Adam(self._parameters, lr=policy_lr, eps=eps, fused=True)
 
     @abstractmethod
     def train(

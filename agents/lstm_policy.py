@@ -32,6 +32,8 @@ class LSTMPolicyNetwork(nn.Module):
         memoryless: Start from zeros at every step, as the original's policy did when it acted.
     """
 
+    kind = "per-feature"
+
     def __init__(
         self,
         layout: Layout,

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from agents.numpy_policy import NumpyPolicy, choose
 from asg_env.actions import ACTIONS, BoxAction, GridAction, RelativeAction
 from asg_env.build import task_of
 from asg_env.config import EnvSettings
@@ -64,12 +64,24 @@ class Layout:
 
 
 class RecurrentNetwork(Protocol):
-    """A network that chooses for every layer group, from a sequence of observations."""
+    """A network that chooses for every layer group, from a sequence of observations.
 
+    Attributes:
+        kind: What `agents.numpy_policy` calls it.
+        layout: Of its observations.
+        memoryless: Whether every step starts from zeros.
+    """
+
+    kind: str
     layout: Layout
+    memoryless: bool
 
     def initial_state(self, rows: int) -> Tensor:
         """Return zeros, shape (2, rows, W): h, then c."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its weights."""
         ...
 
     def __call__(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,29 +98,22 @@ class RecurrentNetwork(Protocol):
 
 
 class RecurrentPolicy:
-    """The network as a policy: carries the recurrent state, samples from its own generator."""
+    """The network as a policy: carries the recurrent state, samples from its own generator.
+
+    It acts in NumPy, on the weights that the network has when an episode starts.
+    """
 
     def __init__(self, network: RecurrentNetwork) -> None:
         self.network = network
+        self._acting: NumpyPolicy | None = None
         self.seed(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_acting": None}  # made anew where it is sent
 
     def seed(self, seed: int) -> None:
         """Seed the generator of sampled actions."""
         self._generator = numpy_generator(seed, "actions")
-
-    def _step(self, row: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return probabilities (G, M) and the next state, of a row (D,) and its state (2, W).
-
-        Through the network's own `step`, if it has one that is faster than a pass.
-        """
-        step = getattr(self.network, "step", None)
-        if step is not None:
-            return cast(tuple[np.ndarray, np.ndarray], step(row, state))
-        with torch.inference_mode():
-            log_probs, after = self.network(
-                torch.from_numpy(row)[None, None], torch.from_numpy(state)[:, None]
-            )
-            return log_probs[0, 0].double().exp().numpy(), after[:, 0].numpy()
 
     def predict(
         self,
@@ -133,28 +138,36 @@ class RecurrentPolicy:
         Raises:
             ValueError: Observations are of another width than those that the network learned from.
         """
-        rows, width = np.atleast_2d(observation), self.network.layout.width
+        one = np.ndim(observation) == 1
+        rows, width = observation[None] if one else observation, self.network.layout.width
         if rows.shape[1] != width:
             raise ValueError(f"observations must have {width} entries, got {rows.shape[1]}")
-        if state is None:
-            state = np.stack([self.network.initial_state(1)[:, 0].numpy()] * len(rows))
-        if episode_start is not None:
-            state = state * ~np.asarray(episode_start, dtype=bool)[:, None, None]
+        starts = [state is None] * len(rows) if episode_start is None else list(episode_start)
+        if self._acting is None or state is None or any(starts):
+            self._acting = self._in_numpy()
+        generator = None if deterministic else self._generator
         actions, states = [], []
-        for row, row_state in zip(rows, state, strict=True):
-            probabilities, after = self._step(
-                np.ascontiguousarray(row, np.float32), np.ascontiguousarray(row_state, np.float32)
-            )
-            if deterministic:
-                actions.append(probabilities.argmax(axis=1))
-            else:
-                draws = self._generator.random(len(probabilities))
-                cumulative = probabilities.cumsum(axis=1)
-                chosen = (cumulative < draws[:, None] * cumulative[:, -1:]).sum(axis=1)
-                actions.append(chosen)
+        for index, row in enumerate(rows):
+            before = None if state is None or starts[index] else state[index]
+            probabilities, after = self._acting.step(row, before)
+            actions.append(choose(probabilities, generator))
             states.append(after)
-        action = np.stack(actions)
-        return (action[0] if np.ndim(observation) == 1 else action), np.stack(states)
+        if one:  # the usual case, and stacking takes its time
+            return actions[0], states[0][None]
+        return np.stack(actions), np.stack(states)
+
+    def _in_numpy(self) -> NumpyPolicy:
+        network, layout = self.network, self.network.layout
+        weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        return NumpyPolicy(
+            weights,
+            {
+                "kind": network.kind,
+                "shared": layout.shared,
+                "per_group": layout.per_group,
+                "memoryless": network.memoryless,
+            },
+        )
 
 
 def layout_of(task: str, env: EnvSettings) -> Layout:

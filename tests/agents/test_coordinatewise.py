@@ -332,34 +332,3 @@ def test_layout_of_labels_gives_every_group_the_same_entries_in_the_same_order()
     own = [tuple(i for i, x in enumerate(labels) if x.endswith(f"/{g}")) for g in groups]
     names = [[labels[i].rsplit("/", 1)[0] for i in entries] for entries in own]
     assert names == [names[0]] * 3
-
-
-@pytest.mark.parametrize("groups", [1, 5, 7, 30])
-def test_steps_in_numpy_agree_with_passes_in_torch_over_an_episode(groups):
-    layout = Layout((0, 1), tuple((2 + g, 2 + groups + g) for g in range(groups)), 3)
-    network = CoordinatewiseNetwork(layout, 16, torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        for parameter in network.parameters():  # far from the quiet first weights
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator()))
-    draws = np.random.default_rng(0).normal(size=(20, 2 + 2 * groups)).astype(np.float32)
-    state = network.initial_state(1)[:, 0].numpy()
-    with torch.no_grad():
-        log_probs, _ = network(torch.from_numpy(draws)[:, None], network.initial_state(1))
-    for row, expected in zip(draws, log_probs[:, 0].double().exp().numpy(), strict=True):
-        probabilities, state = network.step(row, state)
-        assert state.dtype == np.float32
-        np.testing.assert_allclose(probabilities, expected, atol=1e-6)
-        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-12)
-
-
-def test_steps_follow_weights_that_change():
-    layout = Layout((0,), ((1,), (2,)), 3)
-    network = CoordinatewiseNetwork(layout, 4, torch.Generator().manual_seed(3))
-    row, state = np.ones(3, np.float32), network.initial_state(1)[:, 0].numpy()
-    before, _ = network.step(row, state)
-    torch.nn.utils.vector_to_parameters(
-        torch.linspace(-1, 1, sum(p.numel() for p in network.parameters())),
-        list(network.parameters()),
-    )
-    after, _ = network.step(row, state)
-    assert not np.allclose(before, after)

@@ -405,8 +405,7 @@ def test_learner_solves_the_bandit_that_it_was_trained_on_alone(make_episode):
 class Forgetful(CoordinatewiseNetwork):
     """The control: every step starts from zeros, in acting and in updating alike."""
 
-    def step(self, observation, state):
-        return super().step(observation, 0 * state)
+    memoryless = True  # in acting
 
     def unroll(self, observations, state):
         steps = [super(Forgetful, self).unroll(o[None], 0 * state) for o in observations]

@@ -1,0 +1,173 @@
+"""The policy networks in NumPy, one decision at a time: what acts, while PyTorch learns.
+
+At this size PyTorch's calls take several times as long as the arithmetic. The networks are those
+of `agents.lstm_policy` and `agents.coordinatewise`; probabilities agree with theirs to 1e-6. The
+module needs nothing else of this package.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]  # state dict of the PyTorch network, float32
+
+
+class _Cell:
+    """LSTMs side by side: (N, 1, I) inputs each through its own weights, or (N, I) through one's.
+
+    PyTorch's gates in their order, i, f, g, o. A sigmoid is (1 + tanh(x / 2)) / 2, so with halved
+    weights one tanh serves all four.
+    """
+
+    def __init__(self, weights: Weights, names: list[str]) -> None:
+        self.hidden = weights[names[0] + "weight_hh_l0"].shape[1]
+        halves = np.repeat(np.array([0.5, 0.5, 1, 0.5], np.float32), self.hidden)
+        matrices, biases = [], []
+        for name in names:
+            rows = np.hstack((weights[name + "weight_ih_l0"], weights[name + "weight_hh_l0"]))
+            matrices.append((rows * halves[:, None]).T)
+            biases.append((weights[name + "bias_ih_l0"] + weights[name + "bias_hh_l0"]) * halves)
+        self._scale, self._shift = halves, np.where(halves < 1, halves, 0).astype(np.float32)
+        if len(names) == 1:
+            self._matrix, self._bias = np.ascontiguousarray(matrices[0]), biases[0]
+        else:
+            self._matrix, self._bias = np.stack(matrices), np.stack(biases)[:, None]
+
+    def __call__(self, inputs: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        """Return hidden and cell state, stacked, from [inputs, hidden state] and the cell state."""
+        gates = np.matmul(inputs, self._matrix)
+        gates += self._bias
+        np.tanh(gates, out=gates)
+        gates *= self._scale
+        gates += self._shift
+        size, after = self.hidden, np.empty((2, *cell.shape), np.float32)
+        np.multiply(gates[..., size : 2 * size], cell, out=after[1])
+        after[1] += gates[..., :size] * gates[..., 2 * size : 3 * size]
+        np.multiply(gates[..., 3 * size :], np.tanh(after[1]), out=after[0])
+        return after
+
+
+class _PerFeature:
+    """`agents.lstm_policy.LSTMPolicyNetwork`."""
+
+    def __init__(self, weights: Weights, shared: np.ndarray, own: np.ndarray) -> None:
+        self._shared, self._own = shared, own
+        names = [f"net.state_encoder.{i}.rnn." for i in range(len(shared))]
+        self._cell = _Cell(weights, names)
+        heads = [f"action_distribution.linear.{i}." for i in range(len(own))]
+        self._heads = np.stack([weights[name + "weight"].T for name in heads])
+        self._biases = np.stack([weights[name + "bias"] for name in heads])
+        self.state_width = len(shared) * self._cell.hidden
+
+    def __call__(self, observation: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden, cell = state.reshape(2, len(self._shared), 1, self._cell.hidden)
+        values = observation[self._shared].reshape(-1, 1, 1)
+        after = self._cell(np.concatenate((values, hidden), axis=2), cell).reshape(2, -1)
+        seen = np.empty((len(self._own), 1, self._heads.shape[1]), np.float32)
+        seen[:, 0, : self.state_width] = after[0]
+        seen[:, 0, self.state_width :] = observation[self._own]
+        return np.matmul(seen, self._heads)[:, 0] + self._biases, after
+
+
+class _Coordinatewise:
+    """`agents.coordinatewise.CoordinatewiseNetwork`; `own` may be of any number of groups."""
+
+    def __init__(self, weights: Weights, shared: np.ndarray, own: np.ndarray) -> None:
+        groups = len(own)
+        self._entries = np.hstack((np.tile(shared, (groups, 1)), own))
+        self._cell = _Cell(weights, ["rnn."])
+        self._head = weights["actor.weight"].T.copy()
+        self._bias = weights["actor.bias"].copy()
+        self.state_width = groups * self._cell.hidden
+        depth = np.linspace(-1, 1, groups) if groups > 1 else np.ones(1)
+        ends = np.arange(groups) == 0, np.arange(groups) == groups - 1
+        self._place = np.stack((depth, *ends), axis=1).astype(np.float32)
+
+    def __call__(self, observation: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden, cell = state.reshape(2, len(self._place), self._cell.hidden)
+        seen = np.concatenate((observation[self._entries], self._place, hidden), axis=1)
+        after = self._cell(seen, cell)
+        seen[:, -self._cell.hidden :] = after[0]
+        return seen @ self._head + self._bias, after.reshape(2, -1)
+
+
+class NumpyPolicy:
+    """A controller's network as a policy, with `predict` as in stable-baselines3.
+
+    Args:
+        weights: State dict of the network.
+        network: What it is: `kind`, `per-feature` or `coordinate-wise`; `shared`, the entries of
+            an observation that concern the whole optimizee; `per_group`, those of each layer
+            group; `memoryless`, whether every step starts from zeros.
+    """
+
+    def __init__(self, weights: Weights, network: Mapping[str, Any]) -> None:
+        shared, own = np.array(network["shared"], int), np.array(network["per_group"], int)
+        kind = _PerFeature if network["kind"] == "per-feature" else _Coordinatewise
+        self._network = kind(weights, shared, own)
+        self._memoryless = bool(network["memoryless"])
+        self.width = shared.size + own.size  # of an observation, D
+        self.seed(0)
+
+    def seed(self, seed: int) -> None:
+        """Seed the generator of sampled actions."""
+        self._generator = np.random.default_rng(seed)
+
+    def step(
+        self, observation: np.ndarray, state: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities of each group's choices, float64 (G, M), and the next state.
+
+        Args:
+            observation: Shape (D,).
+            state: As returned before, float32, shape (2, W); None for zeros.
+
+        Raises:
+            ValueError: The observation has another width.
+        """
+        if observation.shape != (self.width,):
+            raise ValueError(
+                f"observations must have the shape ({self.width},), got {observation.shape}"
+            )
+        if state is None or self._memoryless:
+            state = np.zeros((2, self._network.state_width), np.float32)
+        logits, after = self._network(observation.astype(np.float32, copy=False), state)
+        largest = np.maximum.reduce(logits, axis=1, keepdims=True)
+        odds = np.exp(np.subtract(logits, largest, dtype=np.float64))
+        odds /= np.add.reduce(odds, axis=1, keepdims=True)
+        return odds, np.zeros_like(state) if self._memoryless else after
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: np.ndarray | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose for every layer group.
+
+        Args:
+            observation: Shape (D,).
+            state: As returned before, or None at the start of a training.
+            episode_start: Where True, shape (1,), the state is put to zero.
+            deterministic: Take each group's likeliest choice instead of sampling.
+
+        Returns:
+            An action, int64, shape (G,), and the next state.
+        """
+        starts = episode_start is not None and bool(np.all(episode_start))
+        odds, state = self.step(observation, None if starts else state)
+        return choose(odds, None if deterministic else self._generator), state
+
+
+def choose(odds: np.ndarray, generator: np.random.Generator | None) -> np.ndarray:
+    """Choose for every row of probabilities, (G, M): drawn, or the likeliest without a generator.
+
+    Returns:
+        Indices, int64, shape (G,).
+    """
+    if generator is None:
+        return np.asarray(odds.argmax(axis=1))
+    below = np.add.accumulate(odds, axis=1)[:, :-1] < generator.random((len(odds), 1))
+    return np.asarray(np.add.reduce(below, axis=1))
