@@ -93,7 +93,7 @@ class _Coordinatewise:
 
 
 class NumpyPolicy:
-    """A controller's network as a policy, with `predict` as in stable-baselines3.
+    """A policy network of given weights, as it acts.
 
     Args:
         weights: State dict of the network.
@@ -108,11 +108,6 @@ class NumpyPolicy:
         self._network = kind(weights, shared, own)
         self._memoryless = bool(network["memoryless"])
         self.width = shared.size + own.size  # of an observation, D
-        self.seed(0)
-
-    def seed(self, seed: int) -> None:
-        """Seed the generator of sampled actions."""
-        self._generator = np.random.default_rng(seed)
 
     def step(
         self, observation: np.ndarray, state: np.ndarray | None = None
@@ -137,28 +132,6 @@ class NumpyPolicy:
         odds = np.exp(np.subtract(logits, largest, dtype=np.float64))
         odds /= np.add.reduce(odds, axis=1, keepdims=True)
         return odds, np.zeros_like(state) if self._memoryless else after
-
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: np.ndarray | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose for every layer group.
-
-        Args:
-            observation: Shape (D,).
-            state: As returned before, or None at the start of a training.
-            episode_start: Where True, shape (1,), the state is put to zero.
-            deterministic: Take each group's likeliest choice instead of sampling.
-
-        Returns:
-            An action, int64, shape (G,), and the next state.
-        """
-        starts = episode_start is not None and bool(np.all(episode_start))
-        odds, state = self.step(observation, None if starts else state)
-        return choose(odds, None if deterministic else self._generator), state
 
 
 def choose(odds: np.ndarray, generator: np.random.Generator | None) -> np.ndarray:

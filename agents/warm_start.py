@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agents.episodic import Batch, PolicyNetwork, costs_of, draw_instances, metrics_of
+from agents.numpy_policy import choose
 from agents.recurrent_policy import Layout, RecurrentPolicy, layout_of
 from agents.rollout import Episode, RolloutPool, run_policy
 from agents.search import FIRST_RUNG, KEPT, search
@@ -78,12 +79,8 @@ class SetPoint:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, None]:
         """Choose for one observation of shape (D,): an action of shape (G,), and no state."""
-        probabilities = self.probabilities(observation)
-        if deterministic:
-            return probabilities.argmax(axis=-1), None
-        cumulative = probabilities.cumsum(axis=-1)
-        draws = self._generator.random(len(cumulative))
-        return (cumulative < draws[:, None] * cumulative[:, -1:]).sum(axis=-1), None
+        generator = None if deterministic else self._generator
+        return choose(self.probabilities(observation), generator), None
 
 
 def imitate(network: PolicyNetwork, batch: Batch, wanted: Tensor) -> float:

@@ -6,6 +6,7 @@ import torch
 
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.lstm_policy import LSTMPolicyNetwork
+from agents.numpy_policy import choose
 from agents.recurrent_policy import Layout, RecurrentPolicy
 
 STEPS = 20
@@ -72,29 +73,14 @@ def test_large_weights_and_inputs_give_probabilities(case):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_policy_chooses_as_the_torch_policy_does_and_restarts_with_an_episode(case):
-    network, rows = lively_network(case, 5), observations(5)
-    torch_policy, policy = RecurrentPolicy(network), numpy_policy(network)
-    states = [None, None]
-    for number, row in enumerate(rows):
-        first = np.array([number in (0, 7)])
-        one, states[0] = policy.predict(row, states[0], first, deterministic=True)
-        other, states[1] = torch_policy.predict(row, states[1], first, deterministic=True)
-        np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(states[0], states[1][0])
-
-
-def test_policy_samples_with_the_networks_probabilities_and_repeats_by_seed():
-    policy, row = numpy_policy(lively_network("coordinate-wise", 5)), observations(5)[0]
-    policy.seed(3)
-    draws = np.stack([policy.predict(row)[0] for _ in range(4000)])
+def test_choices_are_the_likeliest_or_drawn_with_their_probabilities():
+    odds = np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]])
+    np.testing.assert_array_equal(choose(odds, None), [1, 0])
+    generator = np.random.default_rng(3)
+    draws = np.stack([choose(odds, generator) for _ in range(4000)])
     shares = np.stack([(draws == choice).mean(axis=0) for choice in range(3)], axis=1)
-    probabilities, _ = policy.step(row)
-    assert np.abs(shares - probabilities).max() < 5 * 0.5 / 4000**0.5
-    assert np.ptp(probabilities) > 0.3  # else the test would show nothing
-    policy.seed(3)
-    np.testing.assert_array_equal(policy.predict(row)[0], draws[0])
+    assert np.abs(shares - odds).max() < 5 * 0.5 / 4000**0.5
+    np.testing.assert_array_equal(choose(odds, np.random.default_rng(3)), draws[0])
 
 
 # The recurrent policy acts through it
