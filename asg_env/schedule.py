@@ -1,127 +1,144 @@
 """`LearnedSchedule`: learned multipliers as a file, reused in ordinary PyTorch training.
 
 Example:
-    schedule = LearnedSchedule.load("schedule.json")
+    schedule = LearnedSchedule.load("schedule.json").by_depth(model)
+    print(schedule.table(model))
     optimizer = torch.optim.SGD(schedule.param_groups(model, base_lr=0.1), momentum=0.9)
     scheduler = schedule.to_torch(optimizer, total_steps=1000)
     # then, every inner step: optimizer.step(); scheduler.step()
 """
 
 import json
-import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field, Strict, model_validator
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from asg_env.core.layer_groups import build_param_groups, effective_lrs, set_learning_rates
-from asg_env.core.optimizers import ScaledVelocitySGD, lr_factor
+from asg_env.core.layer_groups import build_param_groups
+from asg_env.core.optimizers import LRFactor, MomentumForm
+from asg_env.validation import Settings, validate
 
-FORMAT, VERSION = "asg-env-schedule", 1
+if TYPE_CHECKING:
+    from asg_env.schedulers import ScheduleLR
+    from asg_env.timm_scheduler import TimmScheduleLR
+
+FORMAT: Final = "asg-env-schedule"
+VERSION: Final = 1
+Interpolation = Literal["step", "linear", "log-linear"]
+Selection = Literal["mean", "median", "best"]
 
 
-@dataclass(frozen=True)
-class LearnedSchedule:
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must map names to regular expressions, got {text!r} ({error})") from None
+    return text
+
+
+def _increasing(knots: tuple[float, ...]) -> tuple[float, ...]:
+    following = (*knots[1:], 1.0)
+    if knots[0] != 0 or any(not a < b for a, b in zip(knots, following, strict=True)):
+        raise ValueError(f"must increase from 0 and stay below 1, got {list(knots)}")
+    return knots
+
+
+# JSON has lists: these become tuples, while their numbers stay as strict as all others.
+NotNegative = Annotated[float, Field(ge=0)]
+Rows = Annotated[
+    tuple[Annotated[tuple[NotNegative, ...], Strict(False)], ...],
+    Strict(False),
+]
+Knots = Annotated[
+    tuple[float, ...], Strict(False), Field(min_length=1), AfterValidator(_increasing)
+]
+Patterns = Annotated[
+    dict[str, Annotated[str, AfterValidator(_pattern)]],
+    Field(min_length=1),
+]
+
+
+class LearnedSchedule(Settings):
     """Multipliers of each layer group over the progress of a training.
 
-    Attributes:
-        layer_groups: Group name to parameter pattern (`re.match`), input to head.
-        knots: Progress at which each window began, in [0, 1), increasing, the first 0; (T,).
-        multipliers: Mean over `episodes` rollouts, dimensionless, (T, G). The value of a knot
-            holds until the next (step interpolation).
-        spread: Standard deviation over the rollouts, (T, G).
-        base_lr: Base rate that the multipliers were learned with.
-        optimizer: Name of the inner optimizer, such as `sgd`.
-        momentum_form: `pytorch` or `scaled-velocity`.
-        lr_factor: Common warm-up and decay, `constant` or `warmup-poly`.
-        episodes: Rollouts averaged.
-        task: Environment id.
-        instances: Instance set of the rollouts.
-        base_lr_scale: Hidden scale of the rollouts.
-        inner_steps: Inner steps of a whole rollout.
-        settings: Environment settings of the rollouts, as plain values.
-        provenance: Where it came from: config digest, versions.
+    T is the number of knots, G that of layer groups. The JSON Schema of the file is
+    `asg_env/schedule.schema.json`.
     """
 
-    layer_groups: dict[str, str]
-    knots: tuple[float, ...]
-    multipliers: tuple[tuple[float, ...], ...]
-    spread: tuple[tuple[float, ...], ...]
-    base_lr: float
+    model_config = ConfigDict(
+        use_attribute_docstrings=True,
+        json_schema_extra=lambda schema: schema["required"].extend(("format", "version")),
+    )
+
+    format: Literal["asg-env-schedule"] = FORMAT
+    """What the file is."""
+    version: Literal[1] = VERSION
+    """Of the format."""
+    layer_groups: Patterns
+    """Group name to a regular expression, matched at the start of parameters' names; input to
+    head."""
+    sources: dict[str, str] = {}
+    """Group name to the group that it was learned for, where the schedule was made for another
+    model."""
+    interpolation: Interpolation = "step"
+    """Between knots: `step` holds the value of the last knot, `linear` and `log-linear` go to that
+    of the next (`log-linear` linearly where one of the two is 0). The last knot's value holds."""
+    knots: Knots
+    """Progress at which each window began, in [0, 1), increasing, the first 0; (T,)."""
+    multipliers: Rows
+    """Dimensionless, >= 0; (T, G)."""
+    spread: Rows
+    """Standard deviation of the multipliers over all rollouts; (T, G)."""
+    base_lr: Annotated[float, Field(gt=0)]
+    """Base rate that the multipliers were learned with."""
     optimizer: str
-    momentum_form: str
-    lr_factor: str
-    episodes: int
+    """Inner optimizer that they were learned with, such as `sgd`."""
+    momentum_form: MomentumForm
+    """Of that optimizer."""
+    lr_factor: LRFactor
+    """Common warm-up and decay; stretched with the training."""
+    selection: Selection = "mean"
+    """What the multipliers are: the mean of the rollouts, the rollout nearest to their median, or
+    the one with the best accuracy on outer_valid."""
+    episodes: Annotated[int, Field(ge=1)]
+    """Rollouts."""
     task: str
+    """Environment id."""
     instances: str
+    """Instance set of the rollouts."""
     base_lr_scale: float
-    inner_steps: int
+    """Hidden factor on the base rate in the rollouts."""
+    inner_steps: Annotated[int, Field(ge=1)]
+    """Inner steps of a whole rollout."""
     settings: dict[str, Any]
-    provenance: dict[str, str] = field(default_factory=dict)
+    """Environment settings of the rollouts."""
+    provenance: dict[str, str] = {}
+    """Where it came from: config digest, training seed, versions."""
 
-    def __post_init__(self) -> None:
-        """Check what every reader relies on.
-
-        Raises:
-            ValueError: The shapes disagree, a number is not finite or is negative, the knots do
-                not increase from 0, or a name or a pattern is none.
-        """
-        if not isinstance(self.layer_groups, dict) or not all(
-            map(_is_pattern, self.layer_groups.values())
-        ):
-            raise ValueError(
-                "schedule `layer_groups` must map names to patterns (regular expressions), got "
-                f"{self.layer_groups}"
-            )
-        if not self.layer_groups:
-            raise ValueError("schedule `layer_groups` must name at least one group, got none")
-        if not isinstance(self.settings, dict):
-            raise ValueError(f"schedule `settings` must be a mapping, got {self.settings!r}")
-        knots = self.knots
-        if (
-            not knots
-            or knots[0] != 0
-            or any(not a < b for a, b in zip(knots, (*knots[1:], 1.0), strict=True))
-        ):
-            raise ValueError(
-                f"schedule `knots` must increase from 0 and stay below 1, got {list(knots)}"
-            )
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "LearnedSchedule":
         for name in ("multipliers", "spread"):
             rows = getattr(self, name)
-            if len(rows) != len(knots) or any(len(r) != len(self.layer_groups) for r in rows):
+            if len(rows) != len(self.knots) or any(len(r) != len(self.layer_groups) for r in rows):
                 raise ValueError(
-                    f"schedule `{name}` must be {len(knots)} knots x {len(self.layer_groups)} "
-                    "groups; the file is damaged"
+                    f"`schedule.{name}` must be {len(self.knots)} knots x "
+                    f"{len(self.layer_groups)} layer groups; mend the file"
                 )
-            for value in (value for row in rows for value in row):
-                if not (math.isfinite(value) and value >= 0):
-                    raise ValueError(f"schedule `{name}` must be finite and >= 0, got {value}")
-        if not (math.isfinite(self.base_lr) and self.base_lr > 0):
-            raise ValueError(f"schedule `base_lr` must be a finite number > 0, got {self.base_lr}")
-        if self.momentum_form not in ("pytorch", "scaled-velocity"):
-            raise ValueError(
-                "schedule `momentum_form` must be pytorch or scaled-velocity, got "
-                f"{self.momentum_form!r}"
-            )
-        if self.lr_factor not in ("constant", "warmup-poly"):
-            raise ValueError(
-                f"schedule `lr_factor` must be constant or warmup-poly, got {self.lr_factor!r}"
-            )
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the schedule as JSON, to a temporary name first."""
+        """Write the schedule as JSON, a row of multipliers a line, to a temporary name first."""
         path = Path(path)
-        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        temporary = path.with_name(path.name + ".tmp")
+        lines = [f'  "{key}": {_text(value)}' for key, value in self.model_dump().items()]
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -136,131 +153,198 @@ class LearnedSchedule:
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no JSON text"
             raise ValueError(
                 f"{path} cannot be read as a schedule ({reason}); give a file of asg export"
             ) from None
-        if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is not a schedule: its `format` must be '{FORMAT}'")
-        version = record.pop("version", None)
-        if version != VERSION:
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has schedule version {version}, this asg-env reads {VERSION}; "
-                "use the asg-env that wrote it"
+                f"{path} is not a schedule: its `format` must be '{FORMAT}'; give a file of asg "
+                "export"
             )
-        known = {f.name for f in fields(cls)}
-        if set(record) != known:
-            wrong = sorted(set(record) ^ known)
-            raise ValueError(f"{path} must have the keys {sorted(known)}; wrong are {wrong}")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has schedule version {record.get('version')}, this asg-env reads "
+                f"{VERSION}; use the asg-env that wrote it"
+            )
         try:
-            for name in ("multipliers", "spread"):
-                record[name] = tuple(tuple(float(v) for v in row) for row in record[name])
-            record["knots"] = tuple(float(v) for v in record["knots"])
-            return cls(**record)
-        except (TypeError, ValueError) as error:
+            return validate(cls, record, "schedule")
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+
+    def with_changes(self, **changes: Any) -> "LearnedSchedule":
+        """Return the schedule with some fields changed, checked as a file is.
+
+        Raises:
+            ValueError: A value cannot be used.
+        """
+        return validate(LearnedSchedule, {**dict(self), **changes}, "schedule")
 
     def at(self, progress: float) -> tuple[float, ...]:
         """Multipliers at a progress in [0, 1], shape (G,)."""
-        return self.multipliers[max(0, bisect_right(self.knots, progress) - 1)]
+        return self.interpolated(self.knots, progress)
 
-    def param_groups(self, model: nn.Module, base_lr: float | None = None) -> list[dict[str, Any]]:
+    def interpolated(self, starts: Sequence[float], where: float) -> tuple[float, ...]:
+        """Multipliers at `where`, shape (G,), with the knots at `starts`, in any unit; (T,)."""
+        index = max(0, bisect_right(starts, where) - 1)
+        here = self.multipliers[index]
+        if self.interpolation == "step" or index + 1 == len(starts):
+            return here
+        share = (where - starts[index]) / (starts[index + 1] - starts[index])
+        if not share > 0:  # at the knot itself, to the last bit
+            return here
+        between = _linear if self.interpolation == "linear" else _log_linear
+        return tuple(map(between, here, self.multipliers[index + 1], [share] * len(here)))
+
+    def regroup(
+        self, layer_groups: Mapping[str, str], sources: Mapping[str, str] | None = None
+    ) -> "LearnedSchedule":
+        """Return the schedule for a model whose parameters have other names.
+
+        Args:
+            layer_groups: Group name to regular expression, input to head.
+            sources: Group name to the schedule's group whose multipliers it gets; left out for
+                groups that are called as the schedule's.
+
+        Raises:
+            ValueError: A group gets its multipliers from none of the schedule's groups.
+        """
+        from asg_env.regrouping import regroup
+
+        return regroup(self, layer_groups, sources or {})
+
+    def by_depth(self, model: nn.Module) -> "LearnedSchedule":
+        """Return the schedule for a model of any depth: every block gets a layer group.
+
+        See `asg_env.regrouping.depth_groups` for the groups. The head gets the multipliers of
+        the schedule's last group, every other group those at its relative depth.
+
+        Raises:
+            ValueError: The model has no head that could be told from its body.
+        """
+        from asg_env.regrouping import by_depth
+
+        return by_depth(self, model)
+
+    def table(self, model: nn.Module) -> str:
+        """Return what of the model goes where: a line for each layer group.
+
+        Raises:
+            ValueError: As `param_groups`.
+        """
+        from asg_env.regrouping import table
+
+        return table(self, model)
+
+    def param_groups(
+        self,
+        model: nn.Module,
+        base_lr: float | None = None,
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
         """Split `model` into the schedule's groups, ready for an optimizer.
 
         Args:
             model: Parameters with `requires_grad=False` are passed over.
             base_lr: Rate at multiplier 1; the schedule's own if left out.
+            weight_decay: If given, a layer group becomes up to two parameter groups of the same
+                name: its matrices and kernels with this weight decay, its biases and norms with
+                none.
 
         Returns:
-            One parameter group per layer group, with `lr`, `initial_lr` and `name`.
+            Parameter groups with `lr`, `initial_lr` and `name`, input to head.
 
         Raises:
             ValueError: A trainable parameter matches no group or several, or a group matches
                 none.
         """
-        return build_param_groups(
+        groups = build_param_groups(
             model, self.layer_groups, self.base_lr if base_lr is None else base_lr
         )
+        return groups if weight_decay is None else _split_by_decay(groups, weight_decay)
 
     def to_torch(self, optimizer: Optimizer, total_steps: int) -> "ScheduleLR":
         """Return a scheduler that drives `optimizer`; call its `.step()` every inner step.
 
+        It is what Hugging Face's `Trainer(optimizers=...)` and Lightning take, too. With gradient
+        accumulation an inner step is one of the optimizer.
+
         Args:
             optimizer: Built on `param_groups`, in that order.
-            total_steps: Inner steps of the whole training; progress is step / total_steps.
+            total_steps: Inner steps of the whole training, all epochs; the schedule is stretched
+                or squeezed to it.
 
         Raises:
-            ValueError: The optimizer's groups are others than the schedule's, its momentum has
-                another form, or `total_steps` is not a positive integer.
+            ValueError: The optimizer's groups are others than the schedule's, it cannot take
+                rates by group or has another form of momentum, or `total_steps` is not a
+                positive integer.
         """
+        from asg_env.schedulers import ScheduleLR
+
         return ScheduleLR(optimizer, self, total_steps)
 
+    def to_timm(self, optimizer: Optimizer, total_steps: int) -> "TimmScheduleLR":
+        """Return a timm scheduler; call its `.step_update(n)` after the n-th inner step.
 
-def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
+        Args:
+            optimizer: As for `to_torch`.
+            total_steps: As for `to_torch`.
 
-
-class ScheduleLR(LRScheduler):
-    """lr_g = initial_lr_g * multiplier_g(step / total_steps) * common factor.
-
-    Its `state_dict` holds plain numbers only; the schedule itself is in its file.
-    """
-
-    def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"`total_steps` must be an integer >= 1, got {total_steps!r}")
-        names = [group.get("name") for group in optimizer.param_groups]
-        if names != list(schedule.layer_groups):
-            raise ValueError(
-                f"the optimizer's groups must be {list(schedule.layer_groups)}, got {names}; "
-                "build it on schedule.param_groups(model)"
-            )
-        scaled_velocity = isinstance(optimizer, ScaledVelocitySGD)
-        if scaled_velocity != (schedule.momentum_form == "scaled-velocity"):
-            raise ValueError(
-                f"the schedule was learned with momentum_form '{schedule.momentum_form}', got "
-                f"{type(optimizer).__name__}; use the optimizer of that form"
-            )
-        self._schedule = schedule
-        self._set_length(total_steps)
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | Any]:
-        """Rates of the coming inner step, one per group."""
-        step = self.last_epoch
-        multipliers = self._schedule.multipliers[bisect_right(self._starts, step) - 1]
-        factor = lr_factor(self._schedule.lr_factor, step, self.total_steps)  # type: ignore[arg-type]
-        return [
-            effective_lrs(float(base_lr), (multiplier,), factor)[0]
-            for base_lr, multiplier in zip(self.base_lrs, multipliers, strict=True)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers: where the schedule stands."""
-        return {
-            "last_epoch": self.last_epoch,
-            "total_steps": self.total_steps,
-            "base_lrs": [float(lr) for lr in self.base_lrs],
-            "_step_count": self._step_count,
-            "_last_lr": [float(lr) for lr in self.get_last_lr()],
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, at its rates; the optimizer's own state is loaded separately.
-
-        Before or after: making a scheduler sets the rates of its first step, here they are set
-        back to those of the step to come.
+        Raises:
+            ValueError: As for `to_torch`.
+            ImportError: timm is not installed.
         """
-        self.__dict__.update(state_dict)
-        self._set_length(self.total_steps)
-        set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
+        from asg_env.timm_scheduler import TimmScheduleLR
 
-    def _set_length(self, total_steps: int) -> None:
-        # Window starts in whole inner steps: exact, where comparing step / total_steps with a
-        # rounded knot would not be.
-        self.total_steps = total_steps
-        self._starts = [round(knot * total_steps) for knot in self._schedule.knots]
+        return TimmScheduleLR(optimizer, self, total_steps)
+
+    def to_optax(
+        self, total_steps: int, base_lr: float | None = None
+    ) -> dict[str, Callable[[Any], Any]]:
+        """Return one optax schedule for each layer group, from step count to learning rate.
+
+        `optax.multi_transform({name: optax.sgd(rate) for name, rate in ...items()}, labels)` uses
+        them; labels are the groups' names in the shape of the parameters.
+
+        Args:
+            total_steps: As for `to_torch`.
+            base_lr: Rate at multiplier 1; the schedule's own if left out.
+
+        Raises:
+            ValueError: `total_steps` is not a positive integer, or `base_lr` not a positive number.
+            ImportError: JAX is not installed.
+        """
+        from asg_env.schedulers import optax_schedules
+
+        return optax_schedules(self, total_steps, self.base_lr if base_lr is None else base_lr)
+
+
+def _linear(before: float, after: float, share: float) -> float:
+    return before + share * (after - before)
+
+
+def _log_linear(before: float, after: float, share: float) -> float:
+    if before == 0 or after == 0:
+        return _linear(before, after, share)
+    power: float = before * (after / before) ** share
+    return power
+
+
+def _split_by_decay(groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+    split = []
+    for group in groups:
+        for decay, matrices in ((weight_decay, True), (0.0, False)):
+            chosen = [p for p in group["params"] if (p.ndim > 1) == matrices]
+            if chosen:
+                split.append({**group, "params": chosen, "weight_decay": decay})
+    return split
+
+
+def _text(value: Any) -> str:
+    """JSON of a value: of a matrix a row a line, of a mapping an entry a line."""
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return "[\n    " + ",\n    ".join(json.dumps(row) for row in value) + "\n  ]"
+    if isinstance(value, dict):
+        return json.dumps(value, indent=2).replace("\n", "\n  ")
+    return json.dumps(value)

@@ -98,6 +98,12 @@ def effective_lrs(base_lr: float, multipliers: Sequence[float], factor: float = 
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Write one learning rate into each parameter group; nothing else here writes `lr`."""
+    """Write one learning rate into each parameter group; nothing else here writes `lr`.
+
+    A rate that is a tensor is written in place: a captured or compiled step reads that tensor.
+    """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -161,7 +161,7 @@ class ScaledVelocitySGD(Optimizer):
         return loss
 
 
-def lr_factor(name: LRFactor, inner_step: int, total_steps: int) -> float:
+def lr_factor(name: LRFactor, inner_step: float, total_steps: int) -> float:
     """Warm-up and decay common to all layer groups, dimensionless.
 
     `warmup-poly` is the original's segmentation schedule (docs/original.md, section 3):
@@ -170,7 +170,7 @@ def lr_factor(name: LRFactor, inner_step: int, total_steps: int) -> float:
 
     Args:
         name: `constant` or `warmup-poly`.
-        inner_step: 0-based index of the inner step.
+        inner_step: 0-based index of the inner step; a fraction where a training is stretched.
         total_steps: Inner steps of the whole training.
     """
     if name == "constant":

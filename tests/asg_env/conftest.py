@@ -12,6 +12,7 @@ from asg_env.config import EnvSettings
 from asg_env.core.data import Split
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.trainer import Trainer, TrainerSettings
+from asg_env.schedule import LearnedSchedule
 
 DIGITS = "ASG/Digits-v0"
 TINY = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50}
@@ -126,3 +127,42 @@ def identical():
         return data_equivalence(plain(left), plain(right), exact=True)
 
     return same
+
+
+@pytest.fixture
+def make_schedule():
+    """Return a function that makes a schedule of two groups and three knots for `make_network`."""
+
+    def make(**changes):
+        values = {
+            "layer_groups": {"body": r"0\.", "head": r"2\."},
+            "knots": (0.0, 0.25, 0.5),
+            "multipliers": ((1.0, 0.1), (0.5, 0.2), (0.0, 0.4)),
+            "spread": ((0.0, 0.1),) * 3,
+            "base_lr": 0.3,
+            "optimizer": "sgd",
+            "momentum_form": "pytorch",
+            "lr_factor": "constant",
+            "episodes": 16,
+            "task": DIGITS,
+            "instances": "unknown-scale",
+            "base_lr_scale": 1.0,
+            "inner_steps": 3,
+            "settings": {"horizon": 3, "reward": {"gain": 1.0}},
+            "provenance": {"config_digest": "abc"},
+        }
+        return LearnedSchedule(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_network():
+    """Return a function that makes the same two layers every time."""
+
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    return make

@@ -1,0 +1,166 @@
+"""A schedule for another model: by names, by patterns, or by relative depth."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from asg_env.core.layer_groups import split_parameters
+from asg_env.schedule import LearnedSchedule
+
+STEM, HEAD = "stem", "head"  # of `depth_groups`: what comes before the first block, and the end
+
+
+def regroup(
+    schedule: LearnedSchedule, layer_groups: Mapping[str, str], sources: Mapping[str, str]
+) -> LearnedSchedule:
+    """See `LearnedSchedule.regroup`."""
+    known = list(schedule.layer_groups)
+    unused = [name for name in sources if name not in layer_groups]
+    if unused:
+        raise ValueError(
+            f"`sources` must be for groups of {list(layer_groups)}, got {unused}; take them out"
+        )
+    taken = {name: sources.get(name, name) for name in layer_groups}
+    strange = {name: source for name, source in taken.items() if source not in known}
+    if strange:
+        raise ValueError(
+            f"layer groups must get their multipliers from groups of {known}, got {strange}; name "
+            "one for each in `sources`"
+        )
+    columns = [known.index(source) for source in taken.values()]
+    original = schedule.sources  # of a schedule that was made for another model before
+    return schedule.with_changes(
+        layer_groups=dict(layer_groups),
+        sources={name: original.get(source, source) for name, source in taken.items()},
+        multipliers=tuple(tuple(row[i] for i in columns) for row in schedule.multipliers),
+        spread=tuple(tuple(row[i] for i in columns) for row in schedule.spread),
+    )
+
+
+def by_depth(schedule: LearnedSchedule, model: nn.Module) -> LearnedSchedule:
+    """See `LearnedSchedule.by_depth`.
+
+    The body's groups stand at depths from 0 (input) to 1 (last before the head), evenly, in the
+    schedule as in the model; each gets the multipliers of the group that is nearest, of two as near
+    those of the deeper.
+    """
+    patterns = depth_groups(model)
+    *body, head = schedule.layer_groups
+    *layers, last = patterns
+    sources = {last: head}
+    for index, name in enumerate(layers):
+        depth = index / max(1, len(layers) - 1)
+        sources[name] = body[int(depth * (len(body) - 1) + 0.5)] if body else head
+    return regroup(schedule, patterns, sources)
+
+
+def depth_groups(model: nn.Module) -> dict[str, str]:
+    """Layer groups for a model of any depth: name to pattern, input to head.
+
+    The items of the model's lists (`Sequential`, `ModuleList`) of blocks are a group each. What
+    comes before the first is `stem`; the last layer with trainable parameters is `head`; what is
+    between the last block and the head goes with that block. A model without blocks, such as a
+    `Sequential` of layers, has a group for each layer, its norms going with the layer before.
+    Order is that in which the modules were made, as in `named_parameters()`.
+
+    Raises:
+        ValueError: The model has one layer only, or its head is within a block.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    if len(layers) < 2 or next(model.children(), None) is None:
+        raise ValueError(
+            f"{type(model).__name__} must have two layers or more with trainable parameters, of "
+            "which the last is the head; give patterns to regroup"
+        )
+    head = layers[-1]
+    units = {u: is_block for u, is_block in _units(model, "") if any(_within(n, u) for n in names)}
+    blocks = any(units.values())
+    if blocks:
+        around = next(unit for unit in units if _within(names[-1], unit))
+        if units[around]:
+            raise ValueError(
+                f"{type(model).__name__} ends in {around}, a block that holds more than its last "
+                f"layer {head}; give patterns to regroup"
+            )
+        # A head with a norm or layers before the last one: those go with the body.
+        body = [u for u in units if u != around]
+        body += [u for u in layers if _within(u, around) and u != head]
+    else:
+        body = layers[:-1]
+    vectors = {
+        unit
+        for unit in body
+        if all(p.ndim < 2 for name, p in model.named_parameters() if _within(name, unit))
+    }
+    groups: dict[str, list[str]] = {}
+    for unit in body:
+        opens = unit not in vectors and (not blocks or units.get(unit, False))
+        if opens or not groups:
+            groups[STEM if blocks and not opens else unit] = []
+        groups[next(reversed(groups))].append(unit)
+    groups[HEAD] = [head]
+    return {
+        name: "|".join(rf"{re.escape(unit)}(\.|$)" for unit in units)
+        for name, units in groups.items()
+    }
+
+
+def _within(name: str, unit: str) -> bool:
+    return name == unit or name.startswith(unit + ".")
+
+
+def _units(module: nn.Module, prefix: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a module, and whether each is a block: an item of a list of blocks."""
+    for name, _ in module.named_parameters(recurse=False):
+        yield prefix + name, False
+    is_list = _is_list(module) and _compound_items(module)
+    for name, child in module.named_children():
+        path = prefix + name
+        if _is_list(child) and _compound_items(child):
+            yield from _units(child, path + ".")
+        elif is_list:
+            yield path, True
+        elif _holds_blocks(child):
+            yield from _units(child, path + ".")
+        elif next(child.parameters(), None) is not None:
+            yield path, False
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _compound_items(module: nn.Module) -> bool:
+    """Whether an item is made of parts itself, and so more than a layer."""
+    return any(next(item.children(), None) is not None for item in module.children())
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(_is_list(part) and _compound_items(part) for part in module.modules())
+
+
+def table(schedule: LearnedSchedule, model: nn.Module) -> str:
+    """See `LearnedSchedule.table`."""
+    owned = split_parameters(model, schedule.layer_groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rows = [("layer group", "multipliers of", "weights", "multipliers", "parameters")]
+    for column, (group, parameters) in enumerate(owned.items()):
+        values = [row[column] for row in schedule.multipliers]
+        tensors = [names[id(parameter)] for parameter in parameters]
+        more = f" ... {tensors[-1]} ({len(tensors)})" if len(tensors) > 1 else ""
+        rows.append(
+            (
+                group,
+                schedule.sources.get(group, group),
+                f"{sum(p.numel() for p in parameters):,}",
+                f"{values[0]:.2g} to {values[-1]:.2g}",
+                tensors[0] + more,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]))
+        for row in rows
+    )

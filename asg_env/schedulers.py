@@ -1,0 +1,222 @@
+"""What drives an optimizer by a learned schedule: in PyTorch, and for optax."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from asg_env.core.layer_groups import effective_lrs, set_learning_rates
+from asg_env.core.optimizers import MomentumForm, ScaledVelocitySGD, lr_factor
+from asg_env.schedule import LearnedSchedule
+
+# Class name of an optimizer to what `LearnedSchedule.optimizer` calls it.
+CLASSES = {
+    "SGD": "sgd",
+    "ScaledVelocitySGD": "sgd",
+    "Adam": "adam",
+    "AdamW": "adamw",
+    "SGDScheduleFree": "schedule-free",
+    "Prodigy": "prodigy",
+}
+# Class name to why it takes no rate of its own for each group.
+REFUSED = {
+    "LBFGS": "it takes all parameters as one group",
+    "Rprop": "it adapts a step length for every weight and reads the rate only once",
+}
+ONE_RATE = ("Prodigy", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "DAdaptAdaGrad")
+
+
+class Course:
+    """A schedule over a training of `total_steps` inner steps.
+
+    Raises:
+        ValueError: `total_steps` is not a positive integer.
+    """
+
+    def __init__(self, schedule: LearnedSchedule, total_steps: int) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(
+                f"`total_steps` must be an integer >= 1, got {total_steps!r}; give the inner "
+                "steps of the whole training"
+            )
+        self.schedule, self.total_steps = schedule, total_steps
+        # Window starts in whole inner steps: exact, where comparing step / total_steps with a
+        # rounded knot would not be.
+        self.starts = tuple(round(knot * total_steps) for knot in schedule.knots)
+        if total_steps < schedule.inner_steps:
+            warnings.warn(
+                f"the schedule was learned over {schedule.inner_steps} inner steps and is squeezed "
+                f"into {total_steps}; train longer where that is too fast",
+                stacklevel=4,
+            )
+
+    def multipliers(self, step: int) -> tuple[float, ...]:
+        """Multipliers of an inner step, the first is 0; shape (G,)."""
+        return self.schedule.interpolated(self.starts, step)
+
+    def factor(self, step: int) -> float:
+        """Common warm-up and decay at an inner step, as at the same progress when learned.
+
+        Beyond the end it stays, as the multipliers do.
+        """
+        step, learned = min(step, self.total_steps - 1), self.schedule.inner_steps
+        return lr_factor(self.schedule.lr_factor, step * learned / self.total_steps, learned)
+
+
+class ScheduleLR(LRScheduler):
+    """lr_g = initial_lr_g * multiplier_g(step / total_steps) * common factor.
+
+    Its `state_dict` holds plain numbers only; the schedule itself is in its file.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int) -> None:
+        self._course = Course(schedule, total_steps)
+        self._owners = layer_group_of_each(optimizer, schedule)
+        self._constant = schedule.lr_factor == "constant"
+        self.total_steps = total_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Any]:
+        """Rates of the coming inner step, one per parameter group."""
+        multipliers = self._course.multipliers(self.last_epoch)
+        factor = 1.0 if self._constant else self._course.factor(self.last_epoch)
+        return [
+            float(base_lr) * multipliers[owner] * factor
+            for base_lr, owner in zip(self.base_lrs, self._owners, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers: where the schedule stands."""
+        return {
+            "last_epoch": self.last_epoch,
+            "total_steps": self.total_steps,
+            "base_lrs": [float(lr) for lr in self.base_lrs],
+            "_step_count": self._step_count,
+            "_last_lr": [float(lr) for lr in self.get_last_lr()],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, at its rates; the optimizer's own state is loaded separately.
+
+        Before or after: making a scheduler sets the rates of its first step, here they are set
+        back to those of the step to come.
+
+        Raises:
+            ValueError: The state is of another scheduler, or of a training of another length.
+        """
+        mine = self.state_dict()
+        if state_dict.keys() != mine.keys() or any(
+            len(state_dict[name]) != len(mine[name]) for name in ("base_lrs", "_last_lr")
+        ):
+            raise ValueError(
+                f"the state must hold {', '.join(mine)} for {len(self.base_lrs)} parameter groups; "
+                "give one that this scheduler's state_dict made"
+            )
+        if state_dict["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"`total_steps` must be {state_dict['total_steps']}, as when the state was saved, "
+                f"got {self.total_steps}; make the scheduler with that"
+            )
+        self.__dict__.update(state_dict)
+        set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
+
+
+def layer_group_of_each(optimizer: Optimizer, schedule: LearnedSchedule) -> list[int]:
+    """Check that a schedule can drive an optimizer.
+
+    Returns:
+        For each parameter group the index of its layer group.
+
+    Raises:
+        ValueError: See `LearnedSchedule.to_torch`.
+    """
+    names: list[Any] = [group.get("name") for group in optimizer.param_groups]
+    wanted = list(schedule.layer_groups)
+    if list(dict.fromkeys(names)) != wanted or _return(names):
+        raise ValueError(
+            f"the optimizer's groups must be {wanted}, in this order, got {names}; build it on "
+            "schedule.param_groups(model)"
+        )
+    rows = schedule.multipliers
+    alike = schedule.interpolation == "step" and all(len({m for m in row if m}) < 2 for row in rows)
+    check_optimizer(optimizer, schedule.momentum_form, uniform=alike)
+    name = type(unwrapped(optimizer)).__name__
+    base_lrs = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups}
+    if CLASSES.get(name) != schedule.optimizer and schedule.base_lr in base_lrs:
+        warnings.warn(
+            f"the schedule's base rate {schedule.base_lr:g} was learned with {schedule.optimizer} "
+            f"and is used with {name}; give param_groups a base_lr that suits it",
+            stacklevel=4,
+        )
+    return [wanted.index(name) for name in names]
+
+
+def _return(names: list[Any]) -> bool:
+    """Whether a name comes back after another: only neighbours may share one."""
+    changes = [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    return len(changes) > len(set(changes))
+
+
+def check_optimizer(
+    optimizer: Optimizer, momentum_form: MomentumForm, *, uniform: bool = False
+) -> None:
+    """Find out whether an optimizer can take learned rates.
+
+    Args:
+        optimizer: Perhaps wrapped, see `unwrapped`.
+        momentum_form: Of what the rates were learned with.
+        uniform: All groups always have the same rate, or 0.
+
+    Raises:
+        ValueError: It cannot take a rate for each group, or has another form of momentum.
+    """
+    inner = unwrapped(optimizer)
+    name = type(inner).__name__
+    reason = REFUSED.get(name)
+    if name in ONE_RATE and not uniform:
+        reason = "it estimates one step length for all groups"
+    elif any(group.get("relative_step") for group in inner.param_groups):
+        reason = "relative_step makes it set its own rate; with relative_step=False it can"
+    if reason:
+        raise ValueError(
+            f"optimizer {name} cannot take a rate for each layer group, because {reason}; use SGD "
+            "or AdamW"
+        )
+    if isinstance(inner, ScaledVelocitySGD) != (momentum_form == "scaled-velocity"):
+        raise ValueError(
+            f"the rates were learned with momentum_form '{momentum_form}', got {name}; use an "
+            "optimizer of that form"
+        )
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that a wrapper, such as Accelerate's, holds under `optimizer`."""
+    held = getattr(optimizer, "optimizer", None)
+    return unwrapped(held) if isinstance(held, Optimizer) else optimizer
+
+
+def optax_schedules(
+    schedule: LearnedSchedule, total_steps: int, base_lr: float
+) -> dict[str, Callable[[Any], Any]]:
+    """See `LearnedSchedule.to_optax`."""
+    try:
+        import jax.numpy as jnp
+    except ImportError:
+        raise ImportError("to_optax needs JAX; pip install jax optax") from None
+    if not (math.isfinite(base_lr) and base_lr > 0):
+        raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
+    course = Course(schedule, total_steps)
+    rates = [
+        effective_lrs(base_lr, course.multipliers(step), course.factor(step))
+        for step in range(total_steps)
+    ]
+
+    def looked_up(of_group: tuple[float, ...]) -> Callable[[Any], Any]:
+        table = jnp.asarray(of_group)
+        return lambda step: table[jnp.minimum(step, total_steps - 1)]
+
+    columns = zip(*rates, strict=True)
+    return dict(zip(schedule.layer_groups, map(looked_up, columns), strict=True))
