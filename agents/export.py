@@ -1,17 +1,19 @@
-"""From a trained policy to a schedule file."""
+"""From a trained policy to a schedule."""
 
 import numpy as np
 
 from agents.policy import Policy
+from agents.protocol import reads_real_labels
 from agents.rollout import Episode, RolloutPool, run_policy
 from agents.run_folder import RunFolder, versions
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.instances import TRAIN_SEEDS, Instance
-from asg_env.schedule import LearnedSchedule
+from asg_env.schedule import LearnedSchedule, Selection
 from asg_env.validation import ConfigError
 
 EXPORT_SEED = 0
 EXPORT_EPISODES = 16
+FLOOR = 1e-3  # multipliers at or below, 0 included, are alike where their logarithms are compared
 
 
 def export_schedule(
@@ -20,11 +22,12 @@ def export_schedule(
     pool: RolloutPool,
     scale: float = 1.0,
     episodes: int = EXPORT_EPISODES,
+    selection: Selection = "mean",
     *,
     deterministic: bool,
     training_seed: int = 0,
 ) -> LearnedSchedule:
-    """Roll the policy out on fresh train instances and average its multipliers.
+    """Roll the policy out on fresh train instances; take the mean of its multipliers, or one.
 
     Rollouts that diverge are left out. Under an unknown scale the average blurs what the
     controller does: there the live controller is the artefact, and this is its behaviour at one
@@ -35,14 +38,22 @@ def export_schedule(
         policy: One training seed's policy.
         pool: Worker processes.
         scale: `base_lr_scale` of the rollouts, > 0.
-        episodes: Rollouts that are averaged.
+        episodes: Rollouts that are averaged, or of which one is taken.
+        selection: `mean`; `median`, the rollout nearest to the median of all; `best`, the one
+            that ended with the best accuracy on outer_valid.
         deterministic: Greedy instead of sampled actions.
         training_seed: Which of the run's policies it is, for the record.
 
     Raises:
-        ConfigError: Every rollout diverged, so there is no complete schedule to average.
+        ConfigError: Every rollout diverged, so there is no complete schedule; or the best is
+            asked for, and the run reads no real label.
     """
     experiment = run.experiment
+    if selection == "best" and not reads_real_labels(experiment):
+        raise ConfigError(
+            "--select best needs a run whose reward reads real labels, which outer_valid is scored "
+            "by; use mean or median"
+        )
     generator = numpy_generator(EXPORT_SEED, "export-instances")
     instances = []
     for _ in range(episodes):
@@ -56,18 +67,19 @@ def export_schedule(
     if not rollouts:
         raise ConfigError(
             f"all {episodes} rollouts at scale {scale} diverged, so there is no "
-            "schedule to average; choose another --scale"
+            "schedule to take from them; choose another --scale"
         )
     stacked = np.stack([episode.multipliers for episode in rollouts])  # (n, T, G)
     return LearnedSchedule(
         layer_groups=experiment.layer_groups,
         knots=tuple(rollouts[0].progress[:-1].tolist()),
-        multipliers=tuple(map(tuple, stacked.mean(axis=0).tolist())),
+        multipliers=tuple(map(tuple, _selected(rollouts, stacked, selection).tolist())),
         spread=tuple(map(tuple, stacked.std(axis=0).tolist())),
         base_lr=experiment.env.base_lr,
         optimizer=experiment.env.optimizer,
         momentum_form=experiment.env.momentum_form,
         lr_factor=experiment.env.lr_factor,
+        selection=selection,
         episodes=len(rollouts),
         task=experiment.task,
         instances=experiment.env.instances,
@@ -81,3 +93,14 @@ def export_schedule(
             **versions(),
         },
     )
+
+
+def _selected(rollouts: list[Episode], stacked: np.ndarray, selection: Selection) -> np.ndarray:
+    """Multipliers that the schedule gets, (T, G), of all, (n, T, G); the first of equals."""
+    if selection == "mean":
+        return np.asarray(stacked.mean(axis=0))
+    if selection == "best":
+        return np.asarray(stacked[np.argmax([episode.accuracy[-1] for episode in rollouts])])
+    logs = np.log(np.maximum(stacked, FLOOR))
+    distances = np.abs(logs - np.median(logs, axis=0)).sum(axis=(1, 2))
+    return np.asarray(stacked[distances.argmin()])

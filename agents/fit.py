@@ -5,6 +5,7 @@ inner_valid split, if its observation has it).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,29 @@ from asg_env.core.trainer import Trainer
 from asg_env.env import RESET_BATCHES
 from asg_env.instances import Instance
 from asg_env.observations import Observation
-from asg_env.schedule import LearnedSchedule
+from asg_env.schedulers import Course
 
 
 class ScheduleController:
-    """Reads the multipliers of a window off a schedule."""
+    """Reads the multipliers of a window off a schedule.
 
-    def __init__(self, schedule: LearnedSchedule) -> None:
-        self._schedule = schedule
+    Attributes:
+        windows: Inner steps of the windows in which its multipliers stay.
+    """
+
+    def __init__(self, course: Course) -> None:
+        self._course = course
+        total, starts = course.total_steps, sorted(set(course.starts))
+        if course.schedule.interpolation != "step":
+            starts = list(range(total))
+        self.windows = tuple(b - a for a, b in pairwise((*starts, total)) if b > a)
 
     def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Nothing to prepare."""
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
-        """Return the schedule's value at this progress."""
-        return self._schedule.at(progress)
+        """Return the schedule's values at the inner step of this progress."""
+        return self._course.multipliers(round(progress * self._course.total_steps))
 
 
 class LiveController:

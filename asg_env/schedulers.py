@@ -46,12 +46,17 @@ class Course:
         # Window starts in whole inner steps: exact, where comparing step / total_steps with a
         # rounded knot would not be.
         self.starts = tuple(round(knot * total_steps) for knot in schedule.knots)
-        if total_steps < schedule.inner_steps:
-            warnings.warn(
-                f"the schedule was learned over {schedule.inner_steps} inner steps and is squeezed "
-                f"into {total_steps}; train longer where that is too fast",
-                stacklevel=4,
-            )
+
+    @property
+    def squeezed(self) -> str:
+        """A sentence where the training is shorter than the one learned from, else empty."""
+        learned = self.schedule.inner_steps
+        if self.total_steps >= learned:
+            return ""
+        return (
+            f"the schedule was learned over {learned} inner steps and is squeezed into "
+            f"{self.total_steps}; train longer where that is too fast"
+        )
 
     def multipliers(self, step: int) -> tuple[float, ...]:
         """Multipliers of an inner step, the first is 0; shape (G,)."""
@@ -73,8 +78,7 @@ class ScheduleLR(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int) -> None:
-        self._course = Course(schedule, total_steps)
-        self._owners = layer_group_of_each(optimizer, schedule)
+        self._course, self._owners = prepare(optimizer, schedule, total_steps)
         self._constant = schedule.lr_factor == "constant"
         self.total_steps = total_steps
         super().__init__(optimizer)
@@ -124,15 +128,18 @@ class ScheduleLR(LRScheduler):
         set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
 
 
-def layer_group_of_each(optimizer: Optimizer, schedule: LearnedSchedule) -> list[int]:
+def prepare(
+    optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int
+) -> tuple[Course, list[int]]:
     """Check that a schedule can drive an optimizer.
 
     Returns:
-        For each parameter group the index of its layer group.
+        The course of the training, and for each parameter group the index of its layer group.
 
     Raises:
         ValueError: See `LearnedSchedule.to_torch`.
     """
+    course = Course(schedule, total_steps)
     names: list[Any] = [group.get("name") for group in optimizer.param_groups]
     wanted = list(schedule.layer_groups)
     if list(dict.fromkeys(names)) != wanted or _return(names):
@@ -151,7 +158,9 @@ def layer_group_of_each(optimizer: Optimizer, schedule: LearnedSchedule) -> list
             f"and is used with {name}; give param_groups a base_lr that suits it",
             stacklevel=4,
         )
-    return [wanted.index(name) for name in names]
+    if course.squeezed:
+        warnings.warn(course.squeezed, stacklevel=4)
+    return course, [wanted.index(name) for name in names]
 
 
 def _return(names: list[Any]) -> bool:
@@ -209,6 +218,8 @@ def optax_schedules(
     if not (math.isfinite(base_lr) and base_lr > 0):
         raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
     course = Course(schedule, total_steps)
+    if course.squeezed:
+        warnings.warn(course.squeezed, stacklevel=3)
     rates = [
         effective_lrs(base_lr, course.multipliers(step), course.factor(step))
         for step in range(total_steps)

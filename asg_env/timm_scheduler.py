@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from asg_env.schedule import LearnedSchedule
-from asg_env.schedulers import Course, layer_group_of_each
+from asg_env.schedulers import prepare
 
 try:
     from timm.scheduler.scheduler import Scheduler
@@ -20,8 +20,7 @@ class TimmScheduleLR(Scheduler):
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int) -> None:
-        self._course = Course(schedule, total_steps)
-        self._owners = layer_group_of_each(optimizer, schedule)
+        self._course, self._owners = prepare(optimizer, schedule, total_steps)
         super().__init__(optimizer, "lr", t_in_epochs=False)
         self.step_update(0)
 

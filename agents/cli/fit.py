@@ -20,6 +20,7 @@ from agents.cli.options import (
     TrainingSeed,
     checked_instance,
     console,
+    load_schedule,
     make_folder,
     policy_of_seed,
     progress_bar,
@@ -38,6 +39,7 @@ from asg_env.core.trainer import Trainer
 from asg_env.instances import Instance
 from asg_env.observations import NEED_INNER_VALID
 from asg_env.schedule import LearnedSchedule
+from asg_env.schedulers import Course
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
 from asg_env.validation import ConfigError, validate
@@ -81,10 +83,9 @@ def fit_command(
     instance = checked_instance(task, seed, scale)
     policy: Policy | None = None
     if schedule is not None:
-        learned = _load_schedule(schedule)
+        learned = load_schedule(schedule)
         start = {**learned.settings, "base_lr": learned.base_lr}
         validate(settings_class(task), start, "schedule.settings")
-        source: Controller = ScheduleController(learned)
     elif controller is not None:
         run = RunFolder.open(controller)
         if run.experiment.task != task:
@@ -93,6 +94,7 @@ def fit_command(
         policy = policy_of_seed(run, training_seed)
         greedy = acts_greedily(run, training_seed) if greedy is None else greedy
     settings = env_settings(task, overrides or (), start)
+    windows = settings.windows()
     if policy is not None:
         _check_unchanged(
             settings, start, ("observation", "action", "grid", "start_multiplier"), "controller"
@@ -107,20 +109,25 @@ def fit_command(
     elif schedule is not None:
         _check_unchanged(settings, start, ("optimizer", "momentum_form", "lr_factor"), "schedule")
     trainer = build_trainer(task, settings)
+    source: Controller
     # Items, not dicts: in another order, multipliers would go to the wrong groups.
     if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
         raise ConfigError(
             f"{schedule} is for the groups {list(learned.layer_groups)}, {task} has "
             f"{list(trainer.layer_groups)}; export one on this task"
         )
-    if baseline is not None:
+    if schedule is not None:
+        scheduled = _scheduled(learned, sum(windows))
+        source, windows = scheduled, scheduled.windows
+    elif baseline is not None:
         source = _baseline(baseline, len(trainer.layer_groups))
-    elif policy is not None:
+    else:
+        assert policy is not None
         policy.seed(derive_seed(seed, "fit-actions"))
         source = LiveController(policy, settings, trainer, deterministic=bool(greedy))
     make_folder(out)  # now, not after the training
     began = time.perf_counter()
-    records = _fit_with_progress(trainer, source, instance, settings.windows())
+    records = _fit_with_progress(trainer, source, instance, windows)
     seconds = time.perf_counter() - began
     diverged = records[-1]["diverged"]
     retention = retention_of(trainer, diverged)
@@ -187,11 +194,17 @@ def _check_unchanged(
             )
 
 
-def _load_schedule(path: Path) -> LearnedSchedule:
-    try:
-        return LearnedSchedule.load(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+def _scheduled(schedule: LearnedSchedule, total_steps: int) -> ScheduleController:
+    if schedule.lr_factor != "constant" and total_steps != schedule.inner_steps:
+        raise ConfigError(
+            f"env.horizon times env.inner_steps must be {schedule.inner_steps}, over which the "
+            f"schedule's {schedule.lr_factor} was learned, got {total_steps}; set them so, or use "
+            "the schedule in a loop of your own, where it is stretched"
+        )
+    course = Course(schedule, total_steps)
+    if course.squeezed:
+        console.print(course.squeezed)
+    return ScheduleController(course)
 
 
 def _baseline(name: str, groups: int) -> Controller:

@@ -8,36 +8,29 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 
 from agents.cli.benchmark import benchmark_command
 from agents.cli.compare import compare_command
+from agents.cli.export import export_command, exported, write_schedule
 from agents.cli.fit import fit_command
 from agents.cli.import_policy import import_policy_command
 from agents.cli.info import info_command, tasks_command
 from agents.cli.options import (
     Assignments,
-    Greedy,
-    Overwrite,
     RunPath,
-    Scale,
-    TrainingSeed,
     Workers,
-    checked_instance,
     console,
-    policy_of_seed,
     progress_bar,
 )
 from agents.cli.prepare import prepare_command
 from agents.cli.report import report_command
+from agents.cli.show import show_command
 from agents.evaluate import compare
 from agents.experiment import load_experiment
-from agents.export import EXPORT_EPISODES, export_schedule
 from agents.figures import draw_run
-from agents.protocol import acts_greedily, reads_real_labels
+from agents.protocol import reads_real_labels
 from agents.records import write_episodes
 from agents.results import comparison_table, episodes_of_comparison, results_markdown
-from agents.rollout import RolloutPool
 from agents.run_folder import RunFolder, write_text
 from agents.summary import summarise
 from agents.train import estimate_minutes, load_policies, train
@@ -86,7 +79,9 @@ def train_command(
             console.print("no comparison: the target domain has no labels to judge by")
         else:
             _evaluate(run, loaded.train.test_instances, loaded.train.workers)
-        _export(run, run.path / "schedule.json", 1.0, EXPORT_EPISODES, 0, None)
+        path = run.path / "schedule.json"
+        write_schedule(path, exported(run))
+        console.print(f"written: {path}")
     except KeyboardInterrupt:
         if run is not None:
             again = ["asg", "train", experiment, "--out", str(out), "--resume"]
@@ -116,28 +111,8 @@ def evaluate_command(
     _evaluate(opened, instances, workers, beside or ())
 
 
-@app.command("export")
-def export_command(
-    run: RunPath,
-    out: Annotated[Path, typer.Option(help="Schedule file to write.")],
-    scale: Scale = 1.0,
-    episodes: Annotated[
-        int, typer.Option(min=1, help="Rollouts that are averaged.")
-    ] = EXPORT_EPISODES,
-    training_seed: TrainingSeed = 0,
-    greedy: Greedy = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Average the controller's multipliers over rollouts and write them as a schedule."""
-    opened = RunFolder.open(run)
-    opened.experiment.check()  # its device may not be here
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out must be a file in an existing folder, got {out}; choose another")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists; add --overwrite or choose another --out")
-    _export(opened, out, scale, episodes, training_seed, greedy)
-
-
+app.command("export")(export_command)
+app.command("show")(show_command)
 app.command("fit")(fit_command)
 app.command("compare")(compare_command)
 app.command("benchmark")(benchmark_command)
@@ -193,45 +168,6 @@ def _evaluate(run: RunFolder, count: int, workers: int, beside: Sequence[Path] =
     draw_run(rows, summary, groups, run.path / "comparison.png")
     console.print(comparison_table(summary))
     console.print(f"written: {run.path}/results.json, episodes.json, results.md, comparison.png")
-
-
-def _export(
-    run: RunFolder,
-    out: Path,
-    scale: float,
-    episodes: int,
-    training_seed: int,
-    greedy: bool | None,
-) -> None:
-    checked_instance(run.experiment.task, 0, scale)
-    policy = policy_of_seed(run, training_seed)
-    experiment = run.experiment
-    with RolloutPool(experiment.task, experiment.env, experiment.train.workers) as pool:
-        schedule = export_schedule(
-            run,
-            policy,
-            pool,
-            scale,
-            episodes,
-            deterministic=acts_greedily(run, training_seed) if greedy is None else greedy,
-            training_seed=training_seed,
-        )
-    if schedule.episodes < episodes:
-        console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
-    try:
-        schedule.save(out)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out"
-        ) from None
-    table = Table(title=f"mean multipliers at scale {scale:g}, {schedule.episodes} rollouts")
-    table.add_column("progress", justify="right")
-    for name in schedule.layer_groups:
-        table.add_column(name, justify="right")
-    for knot, row in zip(schedule.knots, schedule.multipliers, strict=True):
-        table.add_row(f"{knot:.2f}", *(f"{m:.3g}" for m in row))
-    console.print(table)
-    console.print(f"written: {out}")
 
 
 def main() -> None:

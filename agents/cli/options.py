@@ -21,6 +21,7 @@ from agents.run_folder import RunFolder
 from agents.train import load_policies
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import Instance
+from asg_env.schedule import LearnedSchedule
 from asg_env.validation import ConfigError
 
 # Paths and messages are printed as they are: [text] in them is no markup.
@@ -72,6 +73,18 @@ def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:
             f"{training_seed}; lower it"
         )
     return policies[training_seed]
+
+
+def load_schedule(path: Path) -> LearnedSchedule:
+    """Read a schedule file.
+
+    Raises:
+        ConfigError: It is none, or damaged.
+    """
+    try:
+        return LearnedSchedule.load(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def make_folder(out: Path) -> None:

@@ -116,6 +116,28 @@ def test_export_leaves_diverged_rollouts_out(trained_run, inline_pool, make_sett
     np.testing.assert_array_equal(schedule.multipliers, np.zeros((3, 5)))
 
 
+@pytest.mark.parametrize("selection", ["median", "best"])
+def test_export_takes_one_rollout(trained_run, policy, pool, selection):
+    schedule = export_schedule(
+        trained_run, policy, pool, episodes=7, selection=selection, deterministic=False
+    )
+    stacked = np.stack([episode.multipliers for episode in pool.episodes])
+    if selection == "best":
+        chosen = np.argmax([episode.accuracy[-1] for episode in pool.episodes])
+    else:
+        logs = np.log(np.maximum(stacked, 1e-3))
+        chosen = np.abs(logs - np.median(logs, axis=0)).sum(axis=(1, 2)).argmin()
+    np.testing.assert_array_equal(schedule.multipliers, stacked[chosen])
+    np.testing.assert_allclose(schedule.spread, stacked.std(axis=0))
+    assert (schedule.selection, schedule.episodes) == (selection, 7)
+
+
+def test_export_of_the_best_needs_real_labels(trained_run, policy, pool, monkeypatch):
+    monkeypatch.setattr("agents.export.reads_real_labels", lambda experiment: False)
+    with pytest.raises(ConfigError, match="--select best needs a run whose reward reads real"):
+        export_schedule(trained_run, policy, pool, selection="best", deterministic=True)
+
+
 def test_export_says_so_when_every_rollout_diverged(trained_run, inline_pool, make_settings):
     class Leap(SometimesDiverges):
         def seed(self, seed):
@@ -138,7 +160,7 @@ def test_export_and_fit_act_as_a_benchmark_chose_for_the_training_seed(
     for seed, greedy in enumerate([True, False]):
         text = json.dumps({"greedy": greedy, "cost": {}})
         (run / f"seed-{seed}" / "mode.json").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.export.RolloutPool", inline_pool)
     found = []
     for seed in (0, 1):
         out, of_seed = tmp_path / f"schedule-{seed}.json", ["--training-seed", str(seed)]

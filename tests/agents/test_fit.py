@@ -13,6 +13,7 @@ from agents.rollout import run_controller, run_policy
 from agents.sb3.algorithms import spaces_of
 from asg_env.build import build_trainer
 from asg_env.schedule import LearnedSchedule
+from asg_env.schedulers import Course
 from asg_env.tasks import load_task
 
 TASK = "ASG/Digits-v0"
@@ -157,10 +158,34 @@ def test_schedule_controller_trains_as_the_environment_at_the_same_multipliers(
         env.step_multipliers(row)
     expected = weights(env.trainer)
     trainer = build_trainer(TASK, env.settings)
-    controller = ScheduleController(schedule_of(env.settings, multipliers))
-    records = fit(trainer, controller, instance, env.settings.windows())
+    learned = schedule_of(env.settings, multipliers)
+    controller = ScheduleController(Course(learned, sum(env.settings.windows())))
+    assert controller.windows == env.settings.windows()
+    records = fit(trainer, controller, instance, controller.windows)
     assert [r["lr_multipliers"] for r in records] == multipliers
     assert_same_weights(weights(trainer), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["step", "linear", "log-linear"])
+def test_fit_takes_the_rates_that_the_scheduler_takes(make_settings, instance, interpolation):
+    settings = make_settings(inner_steps=5)  # 15 inner steps: the knots are within windows
+    multipliers = (0.1 * np.random.default_rng(0).random((3, 5))).tolist()
+    learned = schedule_of(settings, multipliers).with_changes(
+        knots=(0.0, 0.3, 0.5), interpolation=interpolation
+    )
+    controller = ScheduleController(Course(learned, 15))
+    trainer = build_trainer(TASK, settings)
+    records = fit(trainer, controller, instance, controller.windows)
+    optimizer = torch.optim.SGD(learned.param_groups(trainer.optimizee))
+    scheduler, starts = learned.to_torch(optimizer, 15), {r["inner_step"] for r in records[:-1]}
+    rates = [learned.multipliers[0]]
+    for step in range(1, 15):
+        optimizer.step()
+        scheduler.step()
+        if step in starts:
+            rates.append(tuple(rate / learned.base_lr for rate in scheduler.get_last_lr()))
+    assert len(rates) == (3 if interpolation == "step" else 15)
+    np.testing.assert_allclose([r["lr_multipliers"] for r in records], rates, rtol=1e-12)
 
 
 def test_fit_runs_a_baseline_as_the_evaluation_does(make_env, instance):

@@ -76,7 +76,7 @@ def inline(monkeypatch, file, inline_pool, no_workers):
     """Everything runs in this process."""
     monkeypatch.setattr(load_module(f"{file}:{NAME}"), "RolloutPool", inline_pool)
     monkeypatch.setattr("agents.evaluate.RolloutPool", inline_pool)
-    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.export.RolloutPool", inline_pool)
 
 
 # Runs

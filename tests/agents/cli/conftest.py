@@ -43,7 +43,7 @@ def no_estimate(monkeypatch):
 def inline(monkeypatch, inline_pool, no_workers, no_estimate):
     """Everything runs in this process."""
     monkeypatch.setattr("agents.evaluate.RolloutPool", inline_pool)
-    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.export.RolloutPool", inline_pool)
 
 
 @pytest.fixture

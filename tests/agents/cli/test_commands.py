@@ -190,7 +190,8 @@ def test_train_counts_episodes_up_to_the_budget_of_all_seeds(
 
     monkeypatch.setattr(agents.cli.main, "train", train)
     monkeypatch.setattr(agents.cli.main, "_evaluate", lambda *_: None)
-    monkeypatch.setattr(agents.cli.main, "_export", lambda *_: None)
+    monkeypatch.setattr(agents.cli.main, "exported", lambda *_: None)
+    monkeypatch.setattr(agents.cli.main, "write_schedule", lambda *_: None)
     told = asg("train", write(train={"seeds": 2}), "--out", tmp_path / "run").out
     assert re.findall(r"(\d+)/(\d+) episodes  seed (\d)", told) == [
         ("4", "16", "0"),
@@ -206,6 +207,37 @@ def test_export_writes_a_schedule_at_the_scale_asked_for(asg, done, inline, tmp_
     assert (result.status, result.err) == (0, "")
     schedule = LearnedSchedule.load(out)
     assert (schedule.base_lr_scale, schedule.episodes) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "content"),
+    [
+        ("s.csv", [], "inner_step,progress,multiplier/conv1"),
+        ("s.py", [], "return LambdaLR(optimizer, held)"),
+        ("s.txt", ["--format", "python"], "return LambdaLR(optimizer, held)"),
+        ("s.json", ["--select", "median"], '"selection": "median"'),
+        ("s.json", ["--select", "best", "--sampled"], '"selection": "best"'),
+        ("s.json", ["--interpolation", "log-linear"], '"interpolation": "log-linear"'),
+    ],
+)
+def test_export_writes_what_is_asked_for(asg, done, inline, tmp_path, name, options, content):
+    result = asg("export", done, "--out", tmp_path / name, "--episodes", "3", *options)
+    assert (result.status, result.err) == (0, "")
+    assert content in (tmp_path / name).read_text(encoding="utf-8")
+    selection = options[1] if "--select" in options else "mean"
+    assert f"multipliers at scale 1: {selection} of 3 rollouts" in result.out
+    assert f"written: {tmp_path / name}" in result.out.replace("\n", "")
+
+
+def test_show_prints_and_draws_a_schedule(asg, schedule, tmp_path):
+    schedule.save(tmp_path / "mine.json")
+    result = asg("show", tmp_path / "mine.json")
+    assert (result.status, result.err) == (0, "")
+    assert "6 inner steps of sgd at base rate 0.3" in result.out
+    assert [line.split()[0] for line in result.out.splitlines()[2:7]] == [*schedule.layer_groups]
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert asg("show", tmp_path / "mine.json", "--out", tmp_path / "other.png").status == 0
+    assert (tmp_path / "other.png").exists()
 
 
 def test_export_repeats_the_schedule_of_training(asg, done, inline, tmp_path):

@@ -289,7 +289,7 @@ def test_imported_run_is_evaluated_at_an_unknown_cost(importing, asg, inline_poo
 
 def test_imported_run_is_exported_and_used_live(importing, asg, inline_pool, monkeypatch, tmp_path):
     run = importing("--set", "env.instances=unknown-scale")
-    monkeypatch.setattr("agents.cli.main.RolloutPool", inline_pool)
+    monkeypatch.setattr("agents.cli.export.RolloutPool", inline_pool)
     out = tmp_path / "schedule.json"
     result = asg("export", run.path, "--out", out, "--episodes", "2", "--sampled")
     assert (result.status, result.err) == (0, "")

@@ -193,12 +193,12 @@ def test_fit_refuses_a_schedule_for_other_groups(fails, schedule, tmp_path, chan
     ("changes", "message"),
     [
         ({"version": 2}, "has schedule version 2"),
-        ({"base_lr": -1}, "`base_lr` must be a finite number > 0"),
+        ({"base_lr": -1}, "`schedule.base_lr` must be > 0.0, got -1"),
         ({"settings": {"horizon": 0}}, "`schedule.settings.horizon` must be >= 1, got 0"),
         ({"settings": {"speed": 1}}, "`schedule.settings.speed` is unknown"),
         ({"settings": {"device": "abacus"}}, "`device` must be a torch device"),
-        ({"settings": 3}, "schedule `settings` must be a mapping, got 3"),
-        ({"layer_groups": ["conv1"]}, "`layer_groups` must map names to patterns"),
+        ({"settings": 3}, "`schedule.settings` must be a mapping, got 3"),
+        ({"layer_groups": ["conv1"]}, "`schedule.layer_groups` must be a mapping"),
     ],
 )
 def test_fit_refuses_a_damaged_schedule(fails, schedule, tmp_path, changes, message):
@@ -256,6 +256,36 @@ def test_fit_refuses_decisions_that_a_controller_was_not_trained_for(fails, run,
     assert message in fails("fit", TASK, *arguments)
 
 
+def test_fit_refuses_to_stretch_a_common_factor(fails, schedule, tmp_path):
+    settings = {**schedule.settings, "lr_factor": "warmup-poly"}
+    schedule.with_changes(lr_factor="warmup-poly", settings=settings).save(tmp_path / "s.json")
+    arguments = ("--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    message = fails("fit", TASK, *arguments, "--set", "env.inner_steps=4")
+    assert "env.horizon times env.inner_steps must be 6, over which the schedule's warm" in message
+
+
+def test_fit_says_that_a_schedule_is_squeezed(asg, schedule, tmp_path):
+    schedule.with_changes(inner_steps=150).save(tmp_path / "s.json")
+    result = asg("fit", TASK, "--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    assert "learned over 150 inner steps and is squeezed into 6" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.json"], "nowhere.json cannot be read as a schedule"),
+        (["{s}", "--out", "{dir}/heat.pdf"], "--out must end in .png"),
+        (["{s}", "--out", "{dir}/there.png"], "there.png exists; add --overwrite or choose"),
+        (["{s}", "--out", "{dir}/none/heat.png"], "cannot be written (No such file"),
+    ],
+)
+def test_show_refuses_what_it_cannot_do(fails, schedule, tmp_path, arguments, message):
+    schedule.save(tmp_path / "s.json")
+    (tmp_path / "there.png").touch()
+    words = [word.format(s=tmp_path / "s.json", dir=tmp_path) for word in arguments]
+    assert message in fails("show", *words)
+
+
 def test_fit_stretches_a_schedule_over_another_length(asg, schedule, tmp_path):
     schedule.save(tmp_path / "s.json")
     arguments = ("--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
@@ -303,10 +333,19 @@ def test_fit_and_export_refuse_a_training_seed_that_is_not_there(fails, run, inl
         (["--scale", "0"], "--scale must be a finite number > 0, got 0"),
         (["--scale", "nan"], "--scale must be a finite number > 0, got nan"),
         (["--episodes", "0"], "--episodes"),
+        (["--select", "worst"], "'worst' is not one of 'mean', 'median', 'best'"),
+        (["--format", "yaml"], "'yaml' is not one of 'json', 'csv', 'python'"),
+        (["--format", "csv"], "--out must end in .csv, got"),
     ],
 )
 def test_export_refuses_wrong_arguments(fails, run, tmp_path, arguments, message):
     assert message in fails("export", run, "--out", tmp_path / "schedule.json", *arguments)
+
+
+def test_export_refuses_what_a_snippet_cannot_hold_before_any_rollout(fails, run, tmp_path):
+    arguments = ("--out", tmp_path / "s.py", "--interpolation", "linear")
+    assert "--format python needs --interpolation step" in fails("export", run, *arguments)
+    assert "--out must end in .json, .csv, .py" in fails("export", run, "--out", tmp_path / "s")
 
 
 def test_export_refuses_what_it_cannot_write_before_any_rollout(fails, run, tmp_path):
@@ -433,14 +472,14 @@ def test_mistake_in_a_real_process_gives_status_2_and_one_line(write, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", ["estimate_minutes", "train", "_evaluate", "_export"])
+@pytest.mark.parametrize("stage", ["estimate_minutes", "train", "_evaluate", "exported"])
 def test_interrupt_ends_with_130_and_says_how_to_go_on(
     asg, write, no_estimate, tmp_path, monkeypatch, stage
 ):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for name in ("train", "_evaluate", "_export"):
+    for name in ("train", "_evaluate", "exported"):
         monkeypatch.setattr(agents.cli.main, name, lambda *_: None)
     monkeypatch.setattr(agents.cli.main, stage, interrupted)
     path, out = write(), tmp_path / "run"
