@@ -101,17 +101,24 @@ def load_policies(run: RunFolder) -> list[Policy]:
     Raises:
         ConfigError: A seed has no checkpoint, or it is damaged.
     """
+    return [load_policy(run, index) for index in range(run.experiment.train.seeds)]
+
+
+def load_policy(run: RunFolder, index: int) -> Policy:
+    """Policy of the last checkpoint of one training seed.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it is damaged.
+    """
     experiment = run.experiment
-    policies = []
-    for index in range(experiment.train.seeds):
-        path = run.seed_folder(index) / "checkpoints" / experiment.agent_module.CHECKPOINT
-        if not path.exists():
-            raise ConfigError(
-                f"{run.path} has no checkpoint of training seed {index}; "
-                "finish it with asg train --resume"
-            )
-        policies.append(experiment.agent_module.load_policy(path, experiment))
-    return policies
+    path = run.seed_folder(index) / "checkpoints" / experiment.agent_module.CHECKPOINT
+    if not path.exists():
+        raise ConfigError(
+            f"{run.path} has no checkpoint of training seed {index}; "
+            "finish it with asg train --resume"
+        )
+    policy: Policy = experiment.agent_module.load_policy(path, experiment)
+    return policy
 
 
 def estimate_minutes(experiment: Experiment, baseline_episodes: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from rich.progress import (
 from agents.experiment import MAX_WORKERS
 from agents.policy import Policy
 from agents.run_folder import RunFolder
-from agents.train import load_policies
+from agents.train import load_policy
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import Instance
 from asg_env.schedule import LearnedSchedule
@@ -66,13 +66,13 @@ def progress_bar(label: str) -> Progress:
 
 def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:
     """Return the policy of one of the run's training seeds."""
-    policies = load_policies(run)
-    if training_seed >= len(policies):
+    seeds = run.experiment.train.seeds
+    if training_seed >= seeds:
         raise ConfigError(
-            f"--training-seed must be < {len(policies)}, the training seeds of {run.path}, got "
+            f"--training-seed must be < {seeds}, the training seeds of {run.path}, got "
             f"{training_seed}; lower it"
         )
-    return policies[training_seed]
+    return load_policy(run, training_seed)
 
 
 def load_schedule(path: Path) -> LearnedSchedule:
