@@ -66,16 +66,18 @@ def batches(data: tuple[Tensor, Tensor], steps: int, seed: int) -> Iterator[tupl
 
 
 def pretrained(
-    build: Callable[[], nn.Module], logits: Callable[[nn.Module, Tensor], Tensor], root: Path
+    build: Callable[[], nn.Module],
+    logits: Callable[[nn.Module, Tensor], Tensor],
+    given: argparse.Namespace,
 ) -> nn.Module:
     """Return the network trained on `pretrain`, from the file where it is kept."""
     torch.manual_seed(0)
-    model = build()
-    path = root / f"pretrained-{type(model).__name__}.pt"
+    model, steps = build(), 4 * given.steps
+    path = given.folder / f"pretrained-{type(model).__name__}-{steps}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
-    data, steps = load(root, "pretrain"), 600
+    data = load(given.folder, "pretrain")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()

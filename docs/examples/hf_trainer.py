@@ -40,7 +40,7 @@ def build(labels: int = 5) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**size, **layers))
 
 
-weights = pretrained(build, lambda model, i: model(i).logits, given.folder).state_dict()
+weights = pretrained(build, lambda model, i: model(i).logits, given).state_dict()
 
 
 def prepare(seed: int) -> ViTForImageClassification:

@@ -22,7 +22,7 @@ def build() -> nn.Module:
     return resnet18(num_classes=5)
 
 
-weights = pretrained(build, lambda model, images: model(images), given.folder).state_dict()
+weights = pretrained(build, lambda model, images: model(images), given).state_dict()
 
 
 def prepare(seed: int) -> nn.Module:

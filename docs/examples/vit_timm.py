@@ -23,7 +23,7 @@ def build() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", num_classes=5, **size)
 
 
-weights = pretrained(build, lambda model, images: model(images), given.folder).state_dict()
+weights = pretrained(build, lambda model, images: model(images), given).state_dict()
 
 
 def prepare(seed: int) -> nn.Module:

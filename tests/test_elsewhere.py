@@ -1,0 +1,183 @@
+"""Schedules within the training loops of other packages."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from asg_env.schedule import LearnedSchedule
+
+STEPS = 12  # three epochs of four batches
+
+
+@pytest.fixture
+def learned() -> LearnedSchedule:
+    return LearnedSchedule(
+        layer_groups={"body": r"0\.", "head": r"2\."},
+        knots=(0.0, 0.25, 0.5),
+        multipliers=((1.0, 0.1), (0.5, 0.2), (0.0, 0.4)),
+        spread=((0.0, 0.0),) * 3,
+        base_lr=0.01,
+        optimizer="sgd",
+        momentum_form="pytorch",
+        lr_factor="constant",
+        episodes=1,
+        task="ASG/Digits-v0",
+        instances="fixed",
+        base_lr_scale=1.0,
+        inner_steps=STEPS,
+        settings={},
+    )
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(32, 3, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def expected(learned, data) -> tuple[nn.Module, list[list[float]]]:
+    """Weights and rates of a plain loop."""
+    model, rates = network(), []
+    optimizer = torch.optim.SGD(learned.param_groups(model), momentum=0.9)
+    scheduler = learned.to_torch(optimizer, STEPS)
+    for _epoch in range(3):
+        for inputs, labels in DataLoader(data, batch_size=8):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            scheduler.step()
+    return model, rates
+
+
+def assert_same_weights(left, right):
+    for ours, theirs in zip(left.parameters(), right.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_as_a_plain_loop_and_resumes(learned, data, tmp_path, caplog):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.rates = network(), []
+
+        def training_step(self, batch, _):
+            self.rates.append([g["lr"] for g in self.optimizers().param_groups])
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(learned.param_groups(self.model), momentum=0.9)
+            scheduler = learned.to_torch(optimizer, STEPS)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def trainer(epochs, **settings):
+        return lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+
+    model, rates = expected(learned, data)
+    module = Module()
+    trainer(3).fit(module, DataLoader(data, batch_size=8))
+    assert module.rates == rates
+    assert_same_weights(module.model, model)
+
+    first, half = Module(), trainer(1)
+    half.fit(first, DataLoader(data, batch_size=8))
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    second = Module()
+    trainer(3).fit(second, DataLoader(data, batch_size=8), ckpt_path=tmp_path / "half.ckpt")
+    assert first.rates + second.rates == rates
+    assert_same_weights(second.model, model)
+
+
+class WithLoss(nn.Module):
+    """What Hugging Face's Trainer wants: a loss first."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = network()
+
+    def forward(self, inputs, labels):
+        logits = self.model(inputs)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_hugging_faces_trainer_takes_the_scheduler(learned, data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rates = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *_, optimizer, **__):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def train(steps, resume=None):
+        model = WithLoss()
+        patterns = {name: rf"model\.{p}" for name, p in learned.layer_groups.items()}
+        mapped = learned.regroup(patterns)
+        optimizer = torch.optim.SGD(mapped.param_groups(model), momentum=0.9)
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path),
+                max_steps=steps,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                save_steps=4,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+            ),
+            train_dataset=[{"inputs": x, "labels": y} for x, y in data],
+            optimizers=(optimizer, mapped.to_torch(optimizer, STEPS)),
+            callbacks=[Watch()],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = train(STEPS)
+    assert rates == expected(learned, data)[1]
+    rates.clear()
+    again = train(STEPS, resume=str(tmp_path / "checkpoint-8"))
+    assert rates == expected(learned, data)[1][8:]
+    assert all(map(torch.equal, again, whole))
+
+
+def test_accelerates_optimizer_is_driven(learned, data):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, rates = network(), []
+    optimizer = torch.optim.SGD(learned.param_groups(model), momentum=0.9)
+    scheduler = learned.to_torch(optimizer, STEPS)
+    loader = DataLoader(data, batch_size=8)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    for _epoch in range(3):
+        for inputs, labels in loader:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
+            optimizer.step()
+            scheduler.step()
+    plain, expected_rates = expected(learned, data)
+    assert rates == expected_rates
+    assert_same_weights(accelerator.unwrap_model(model), plain)
+    wrapped = accelerator.prepare(torch.optim.Rprop(learned.param_groups(network())))
+    with pytest.raises(ValueError, match="optimizer Rprop cannot take a rate"):
+        learned.to_torch(wrapped, STEPS)
