@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
+from agents.live import LivePolicy
 from agents.policy import Policy
 from asg_env.actions import ACTIONS
 from asg_env.config import EnvSettings
@@ -49,38 +48,29 @@ class LiveController:
     def __init__(
         self, policy: Policy, settings: EnvSettings, trainer: Trainer, deterministic: bool
     ) -> None:
-        self._policy, self._trainer, self._deterministic = policy, trainer, deterministic
-        self._observation = Observation(
-            settings.observation, trainer.layer_groups, settings.grid, trainer.guidance.extra
+        self._trainer, groups = trainer, trainer.layer_groups
+        self._live = LivePolicy(
+            policy,
+            Observation(settings.observation, groups, settings.grid, trainer.guidance.extra),
+            ACTIONS[settings.action](settings.grid, len(groups)),
+            (settings.start_multiplier,) * len(groups),
+            deterministic,
         )
-        self._action = ACTIONS[settings.action](settings.grid, len(trainer.layer_groups))
-        self._start, self._first_window = settings.start_multiplier, settings.windows()[0]
+        self._first_window = settings.windows()[0]
 
     def begin(self, instance: Instance, trainer: Trainer) -> None:
         """Look at the first batches before any step is taken, as the environment's reset does."""
-        self._now: tuple[float, ...] = (self._start,) * len(trainer.layer_groups)
         self._initial = self._trainer.initial_report(min(RESET_BATCHES, self._first_window))
-        self._previous_ce = self._initial.ce
-        self._state: Any = None
+        self._live.begin(self._initial)
 
     def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
         """Encode the last window as the environment does, and ask the policy."""
-        report = telemetry or self._initial
         loss = 0.0
-        if self._observation.needs_inner_valid:
+        if self._live.needs_inner_valid:
             loss = self._trainer.evaluate("inner_valid").loss
-        observation = self._observation.encode(
-            report, self._previous_ce, progress, self._now, loss, self._trainer.chance_loss
+        return self._live.decide(
+            telemetry or self._initial, progress, loss, self._trainer.chance_loss
         )
-        self._previous_ce = report.ce
-        action, self._state = self._policy.predict(
-            observation,
-            self._state,
-            np.array([telemetry is None]),
-            deterministic=self._deterministic,
-        )
-        self._now = self._action.decode(action, self._now)
-        return self._now
 
 
 def fit(

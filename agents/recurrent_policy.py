@@ -115,6 +115,14 @@ class RecurrentPolicy:
         """Seed the generator of sampled actions."""
         self._generator = numpy_generator(seed, "actions")
 
+    def generator_state(self) -> dict[str, Any]:
+        """Return where the draws stand, as plain values."""
+        return dict(self._generator.bit_generator.state)
+
+    def load_generator_state(self, state: dict[str, Any]) -> None:
+        """Go on with the draws from a `generator_state`."""
+        self._generator.bit_generator.state = state
+
     def predict(
         self,
         observation: np.ndarray,

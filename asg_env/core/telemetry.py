@@ -62,7 +62,7 @@ class WindowRecorder:
         self._sizes = [sum(p.numel() for p in group) for group in groups]
         rows = self._weights[0].new_zeros(5, sum(self._sizes))
         self._rows = rows
-        self._now, self._gradient, self.initial, self._moved, self._stepped = rows
+        self._now, self._gradient, self.initial, self._moved, self.started = rows
         self.marked, self._way = self._weights[0].new_zeros(2, sum(self._sizes))
 
     def start_training(self) -> None:
@@ -73,7 +73,7 @@ class WindowRecorder:
 
     def start_window(self) -> None:
         """Remember the weights as those at the start of the window."""
-        torch.cat(self._weights, out=self._stepped)
+        torch.cat(self._weights, out=self.started)
 
     def mark(self) -> None:
         """Note where the window's last gradient was taken; to be called before its step."""
@@ -118,7 +118,7 @@ class WindowRecorder:
         torch.cat(self._weights, out=self._now)
         torch.cat([_flat(gradient) for gradient in gradients], out=self._gradient)
         torch.sub(self._now, self.initial, out=self._moved)
-        torch.sub(self._now, self._stepped, out=self._stepped)
+        torch.sub(self._now, self.started, out=self.started)
         parts = self._rows.split(self._sizes, dim=1)
         norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
         ways = self._way.split(self._sizes)

@@ -1,0 +1,304 @@
+"""`L2OController`: a trained controller in anyone's PyTorch training.
+
+Example:
+    optimizer = torch.optim.SGD(groups, momentum=0.9)  # a group for each layer group, input to head
+    controller = L2OController(optimizer, "controller.safetensors", total_steps=1000)
+    controller.begin(ce=first_loss, kl=0.0)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = ...
+        loss.backward()
+        optimizer.step()
+        controller.step(ce=loss, kl=0.0)
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from agents.controller_file import Controller, read_controller
+from agents.live import LivePolicy
+from asg_env.core.layer_groups import set_learning_rates
+from asg_env.core.optimizers import lr_factor
+from asg_env.core.telemetry import Telemetry, WindowRecorder
+from asg_env.schedulers import check_optimizer, unwrapped
+
+Loss = float | Tensor
+
+
+class L2OController:
+    """Watches a training and sets each layer group's learning rate, window by window.
+
+    A group's rate is its own base rate, the `lr` that it came with, times the multiplier chosen,
+    times the common warm-up and decay that the controller was trained with, stretched, if any.
+    The host waits for the device once a window.
+
+    Args:
+        optimizer: With a parameter group for each layer group, input to head; neighbours of the
+            same `name` (with and without weight decay, say) are one layer group.
+        controller: A file of `asg export`, a run folder, or what `read_controller` returned.
+        total_steps: Inner steps of the whole training, all epochs; steps of the optimizer.
+        every: Inner steps between decisions; by default as many decisions are made as in the
+            trainings that the controller was trained on.
+        classes: Of the task; an observation of `normalised` losses needs it.
+        inner_valid: Returns the cross-entropy on held-out images of the *training* domain [nats];
+            the observations `extended` and `normalised` need it. Called once a window.
+        greedy: Likeliest actions or draws; by default what the file says.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: The controller does not fit the optimizer or the training, or cannot be read.
+
+    Attributes:
+        diverged: Whether a loss, gradient or weight was not finite; the rates then stay.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        controller: Controller | Path | str,
+        total_steps: int,
+        *,
+        every: int | None = None,
+        classes: int | None = None,
+        inner_valid: Callable[[], float] | None = None,
+        greedy: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(controller, Controller):
+            controller = read_controller(controller)
+        record = controller.record
+        check_optimizer(optimizer, record.momentum_form)
+        self._optimizer, self._record = unwrapped(optimizer), record
+        self._total = _positive("total_steps", total_steps)
+        usual = -(-total_steps // record.horizon)
+        self._every = _positive("every", usual if every is None else every)
+        self._owners, self.layer_groups = _layer_groups(self._optimizer)
+        self._greedy, self._seed = record.greedy if greedy is None else greedy, seed
+        self._terms, self._inner_valid = record.encoding.terms, inner_valid
+        self._chance_loss = 0.0
+        if record.encoding.observation == "normalised":
+            if classes is None:
+                raise ValueError(
+                    "`classes` must be the number of classes, as the controller sees losses in "
+                    "units of chance, got None; give it"
+                )
+            self._chance_loss = math.log(classes)
+        policy = controller.policy(self.layer_groups)
+        policy.seed(seed)
+        self._live = LivePolicy(
+            policy,
+            controller.observation(self.layer_groups),
+            controller.action(self.layer_groups),
+            (record.encoding.start_multiplier,) * len(self.layer_groups),
+            self._greedy,
+        )
+        if self._live.needs_inner_valid and inner_valid is None:
+            raise ValueError(
+                f"`inner_valid` must be a function that returns the loss on held-out training "
+                f"images, as the controller observes it ({record.encoding.observation}), got None; "
+                "give one"
+            )
+        self._parameters: list[list[Tensor]] = [[] for _ in self.layer_groups]
+        for owner, group in zip(self._owners, self._optimizer.param_groups, strict=True):
+            self._parameters[owner] += group["params"]
+        self._head = [p for p in self._parameters[-1] if p.ndim > 1][-1:]
+        self._storages = self._pointers()
+        self._recorder = WindowRecorder(self._parameters)
+        self._base_lrs = [
+            float(group.setdefault("initial_lr", group["lr"]))
+            for group in self._optimizer.param_groups
+        ]
+        self._records: list[Tensor] = []  # of the window so far
+        self._step: int | None = None  # inner steps done; None before `begin`
+        self.diverged = False
+        self._optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Multiplier of each layer group in the current window."""
+        return dict(zip(self.layer_groups, self._live.multipliers, strict=True))
+
+    def begin(self, ce: Loss, kl: Loss, **terms: Loss) -> None:
+        """Make the first decision; to be called once, before the first step.
+
+        Args:
+            ce: Cross-entropy of the untrained network on its first batches [nats]; in training
+                it was the mean over four of them, or over a window of fewer.
+            kl: KL divergence from the pretrained network's predictions on its old task to those of
+                the network, as in the objective but unweighted [nats]; 0 without such a term.
+            terms: Values of further guidance terms that the controller observes.
+
+        Raises:
+            ValueError: Terms are missing or unknown, or the training has begun.
+        """
+        if self._step is not None:
+            raise ValueError("the training has begun; call begin() once, before the first step")
+        self._recorder.start_training()
+        first = self._recorder.report_before_training(self._row(ce, kl, terms), self._terms)
+        self._step = 0
+        self._live.begin(first)
+        self._decide(first)
+
+    def step(self, ce: Loss, kl: Loss, **terms: Loss) -> None:
+        """Report an inner step, after `optimizer.step()` and before the next `zero_grad()`.
+
+        Arguments are as of `begin`, of the batch that was trained on. Beyond `total_steps` the
+        rates stay.
+
+        Raises:
+            ValueError: Terms are missing or unknown, `begin` was not called, or at the end of a
+                window the gradients are gone or parameters are no longer where they were.
+        """
+        if self._step is None:
+            raise ValueError("the training has not begun; call begin() before the first step")
+        if self._step >= self._total or self.diverged:
+            return
+        self._records += self._row(ce, kl, terms)
+        self._step += 1
+        if self._step % self._every and self._step < self._total:
+            if self._record.lr_factor != "constant":
+                self._set_rates()
+            return
+        if self._pointers() != self._storages:
+            raise ValueError(
+                "parameters are no longer where they were when the controller was made (moved to "
+                "a device, or replaced); make it after that"
+            )
+        if all(p.grad is None for group in self._parameters for p in group):
+            raise ValueError("gradients are gone; call controller.step() before zero_grad()")
+        report = self._recorder.report(self._records, self._terms)
+        self._records, self.diverged = [], report.diverged
+        if self._step < self._total and not self.diverged:
+            self._decide(report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the controller stands, as tensors and plain values."""
+        live, recorder = self._live, self._recorder
+        begun = self._step is not None
+        return {
+            **self._identity(),
+            "step": self._step,
+            "diverged": self.diverged,
+            "multipliers": list(live.multipliers) if begun else None,
+            "previous_ce": live.previous_ce if begun else None,
+            "policy": torch.from_numpy(live.state.copy()) if begun else None,
+            "generator": live.policy.generator_state(),  # type: ignore[attr-defined]
+            "records": [record.clone() for record in self._records],
+            "initial": recorder.initial.clone(),
+            "marked": recorder.marked.clone(),
+            "started": recorder.started.clone(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, at its rates; model and optimizer are loaded separately.
+
+        Raises:
+            ValueError: The state is of another controller or training.
+        """
+        missing = sorted(self.state_dict().keys() ^ state_dict.keys())
+        if missing:
+            raise ValueError(
+                f"the state must be one that L2OController.state_dict made, but for {missing} it "
+                "is not; give such a one"
+            )
+        for name, mine in self._identity().items():
+            if state_dict[name] != mine:
+                raise ValueError(
+                    f"`{name}` must be {state_dict[name]}, as when the state was saved, got "
+                    f"{mine}; make the controller with that"
+                )
+        live, recorder = self._live, self._recorder
+        live.policy.load_generator_state(state_dict["generator"])  # type: ignore[attr-defined]
+        self._step, self.diverged = state_dict["step"], state_dict["diverged"]
+        self._records = [record.clone() for record in state_dict["records"]]
+        for name in ("initial", "marked", "started"):
+            getattr(recorder, name).copy_(state_dict[name])
+        if self._step is not None:
+            live.multipliers = tuple(state_dict["multipliers"])
+            live.previous_ce = state_dict["previous_ce"]
+            live.state = state_dict["policy"].numpy().copy()
+            self._set_rates()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree with."""
+        return {
+            "total_steps": self._total,
+            "every": self._every,
+            "layer_groups": list(self.layer_groups),
+            "weights": self._recorder.initial.numel(),
+            "base_lrs": self._base_lrs,
+            "greedy": self._greedy,
+            "seed": self._seed,
+        }
+
+    def _before_step(self, *_: Any) -> None:
+        """Note where the window's last gradient was taken, before the optimizer uses it."""
+        if self._step is not None and self._step < self._total and not self.diverged:
+            following = self._step + 1
+            if not following % self._every or following == self._total:
+                self._recorder.mark()
+
+    def _decide(self, report: Telemetry) -> None:
+        assert self._step is not None
+        loss = self._inner_valid() if self._live.needs_inner_valid and self._inner_valid else 0.0
+        self._live.decide(report, self._step / self._total, float(loss), self._chance_loss)
+        self._set_rates()
+        self._recorder.start_window()
+
+    def _set_rates(self) -> None:
+        assert self._step is not None
+        multipliers, learned = self._live.multipliers, self._record.inner_steps
+        factor = lr_factor(self._record.lr_factor, self._step * learned / self._total, learned)
+        rates = [
+            base_lr * multipliers[owner] * factor
+            for base_lr, owner in zip(self._base_lrs, self._owners, strict=True)
+        ]
+        set_learning_rates(self._optimizer, rates)
+
+    def _row(self, ce: Loss, kl: Loss, terms: Mapping[str, Loss]) -> list[Tensor]:
+        """One step as `WindowRecorder` takes it; copies, as loops may reuse a loss's memory."""
+        if set(terms) != set(self._terms):
+            raise ValueError(
+                f"terms beside ce and kl must be {list(self._terms)}, which the controller "
+                f"observes, got {list(terms)}; give those"
+            )
+        like = self._recorder.initial
+        std, mean = like.new_zeros(2)
+        if self._head:
+            std, mean = torch.std_mean(self._head[0].detach())
+        values = (ce, kl, ce, mean, std, *(terms[name] for name in self._terms))
+        return [
+            torch.as_tensor(value, dtype=like.dtype, device=like.device).detach().clone()
+            for value in values
+        ]
+
+    def _pointers(self) -> list[int]:
+        return [parameter.data_ptr() for group in self._parameters for parameter in group]
+
+
+def _layer_groups(optimizer: Optimizer) -> tuple[list[int], tuple[str, ...]]:
+    """Index of each parameter group's layer group, and their names."""
+    names = [str(g.get("name", i)) for i, g in enumerate(optimizer.param_groups)]
+    owners: list[int] = []
+    layers: list[str] = []
+    for name in names:
+        if not layers or layers[-1] != name:
+            layers.append(name)
+        owners.append(len(layers) - 1)
+    if len(set(layers)) < len(layers):
+        raise ValueError(
+            f"parameter groups of one layer group must be neighbours, got {names}; put them so"
+        )
+    return owners, tuple(layers)
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}; set it so")
+    return value

@@ -1,0 +1,392 @@
+"""The live controller in a plain PyTorch loop, against the environment that it was trained in."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from agents.controller_file import Controller, ControllerRecord
+from agents.coordinatewise import CoordinatewiseNetwork
+from agents.l2o_controller import L2OController
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import layout_of
+from agents.rollout import run_policy
+from asg_env.core.data import DataOrder
+from asg_env.core.layer_groups import build_param_groups
+from asg_env.core.optimizers import ScaledVelocitySGD
+from asg_env.core.seeding import torch_generator
+from asg_env.tasks import load_task
+
+TASK = "ASG/Digits-v0"
+
+
+def controller_for(settings, kind="coordinate-wise", greedy=True) -> Controller:
+    """A controller of random weights, large enough that what it sees moves what it does."""
+    generator = torch.Generator().manual_seed(5)
+    layout = layout_of(TASK, settings)
+    build = CoordinatewiseNetwork if kind == "coordinate-wise" else LSTMPolicyNetwork
+    network = build(layout, 6, generator)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 1.0, generator=generator)
+    record = ControllerRecord(
+        network={"kind": kind, "hidden_size": 6, "memoryless": False},
+        encoding={
+            "observation": settings.observation,
+            "action": settings.action,
+            "grid": settings.grid,
+            "start_multiplier": settings.start_multiplier,
+            "terms": settings.further_terms(),
+        },
+        greedy=greedy,
+        task=TASK,
+        instances="fixed",
+        layer_groups=tuple(load_task(TASK).layer_groups),
+        horizon=len(settings.windows()),
+        inner_steps=sum(settings.windows()),
+        base_lr=settings.base_lr,
+        optimizer="sgd",
+        momentum_form=settings.momentum_form,
+        lr_factor=settings.lr_factor,
+        provenance={},
+    )
+    return Controller(record, dict(network.state_dict()))
+
+
+class Loop:
+    """What a user writes: torch, the controller, their own images, head and data order."""
+
+    def __init__(self, settings, controller, instance, seed=17) -> None:
+        task = load_task(TASK)
+        self.model, self.settings, self.train = task.optimizee, settings, task.splits["train"]
+        self.valid = task.splits["inner_valid"]
+        images = self.normalised(self.train)
+        with torch.no_grad():
+            batches = [self.model(images[i : i + 512])[1] for i in range(0, len(images), 512)]
+            self.teacher = torch.log_softmax(torch.cat(batches), dim=1)
+        self.images = images
+        self.model.initialise_head(torch_generator(instance.head_seed, "head"))
+        size, device = settings.batch_size, torch.device("cpu")
+        self.order = DataOrder(len(self.train), size, instance.data_seed, device)
+        groups = build_param_groups(self.model, task.layer_groups, settings.base_lr)
+        form = torch.optim.SGD if settings.momentum_form == "pytorch" else ScaledVelocitySGD
+        self.optimizer = form(groups, momentum=0.9, weight_decay=5e-4)
+        self.total, self.step = sum(settings.windows()), 0
+        self.rates = []
+        self.controller = L2OController(
+            self.optimizer,
+            controller,
+            self.total,
+            classes=5,
+            inner_valid=self.inner_valid,
+            seed=seed,
+        )
+
+    @staticmethod
+    def normalised(split):
+        return (split.images.float() - split.mean) / split.std
+
+    @torch.no_grad()
+    def inner_valid(self) -> float:
+        logits = self.model(self.normalised(self.valid))[0]
+        return F.cross_entropy(logits.double(), self.valid.labels).item()
+
+    def losses(self, steps):
+        index = torch.cat([self.order.indices(step) for step in steps])
+        logits, old_logits = self.model(self.images[index])
+        old = torch.log_softmax(old_logits, dim=1)
+        kl = F.kl_div(old, self.teacher[index], log_target=True, reduction="batchmean")
+        return F.cross_entropy(logits, self.train.labels[index]), kl
+
+    def begin(self):
+        with torch.no_grad():
+            ce, kl = self.losses(range(min(4, self.settings.windows()[0])))
+        self.controller.begin(ce=ce, kl=kl)
+        return self
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+            ce, kl = self.losses([self.step])
+            self.optimizer.zero_grad()
+            (ce + 0.1 * kl).backward()
+            self.optimizer.step()
+            self.controller.step(ce=ce, kl=kl)
+            self.step += 1
+        return self
+
+    def state(self):
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict(),
+        }
+
+
+SMALL = {"horizon": 4, "inner_steps": 3, "outer_valid_size": 50}
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("kind", ["coordinate-wise", "per-feature"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"observation": "scaled"},
+        {"observation": "asg", "action": "grid", "grid": "linear", "base_lr": 0.02},
+        {"observation": "normalised"},
+        {"observation": "scaled", "lr_factor": "warmup-poly", "momentum_form": "scaled-velocity"},
+    ],
+    ids=["scaled", "asg", "normalised", "warm-up"],
+)
+def test_a_plain_loop_trains_as_the_environment_does_bit_for_bit(
+    make_env, instance, changes, kind, greedy
+):
+    env = make_env(**{**SMALL, **changes})
+    controller = controller_for(env.settings, kind, greedy)
+    policy = controller.policy(env.trainer.layer_groups)
+    episode = run_policy(env, policy, instance, seed=17, deterministic=greedy)
+    loop = Loop(env.settings, controller, instance).begin().run(12)
+    expected = env.trainer.optimizee.state_dict()
+    rates = np.array(loop.rates[::3]) / env.settings.base_lr
+    if env.settings.lr_factor == "constant":
+        np.testing.assert_allclose(rates, episode.multipliers, rtol=1e-12)
+    assert np.ptp(episode.multipliers) > 0
+    for name, tensor in loop.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_another_seed_draws_other_actions(make_settings, instance):
+    settings = make_settings(**SMALL)
+    controller = controller_for(settings, greedy=False)
+    first, again, other = (
+        Loop(settings, controller, instance, seed).begin().run(12).rates for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("at", [0, 2, 3, 5, 11, 12])
+@pytest.mark.parametrize("observation", ["scaled", "normalised"])
+def test_resuming_repeats_the_uninterrupted_training(
+    make_settings, instance, tmp_path, observation, at
+):
+    settings = make_settings(**{**SMALL, "observation": observation})
+    controller = controller_for(settings, greedy=False)
+    whole = Loop(settings, controller, instance).begin().run(12)
+    first = Loop(settings, controller, instance).begin().run(at)
+    torch.save(first.state(), tmp_path / "checkpoint.pt")
+    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second = Loop(settings, controller, instance)
+    second.step = at
+    second.model.load_state_dict(stored["model"])
+    second.optimizer.load_state_dict(stored["optimizer"])
+    second.controller.load_state_dict(stored["controller"])
+    second.run(12 - at)
+    assert first.rates + second.rates == whole.rates
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert second.controller.multipliers == whole.controller.multipliers
+
+
+def layers(count, width=3) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(count)))
+
+
+def groups_of(model, lr=0.1):
+    return [{"params": [*layer.parameters()], "lr": lr} for layer in model]
+
+
+def small(controller, optimizer, total=6, **settings):
+    return L2OController(
+        optimizer, controller, total, **{"classes": 3, "inner_valid": lambda: 1.0, **settings}
+    )
+
+
+def train(model, optimizer, controller, steps, first=0):
+    for step in range(first, first + steps):
+        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        loss = model(inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.step(ce=loss, kl=0.0)
+
+
+@pytest.fixture
+def normalised(make_settings):
+    return controller_for(make_settings(**{**SMALL, "observation": "normalised"}))
+
+
+@pytest.mark.parametrize("count", [1, 5, 7, 30])
+def test_a_coordinate_wise_controller_drives_any_number_of_groups(normalised, count):
+    model = layers(count)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer)
+    controller.begin(ce=1.0, kl=0.0)
+    train(model, optimizer, controller, 6)
+    assert len(controller.multipliers) == count
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [0.1 * m for m in controller.multipliers.values()]
+
+
+def test_a_per_feature_controller_drives_its_own_number_of_groups(make_settings):
+    controller = controller_for(make_settings(**SMALL), "per-feature")
+    with pytest.raises(ValueError, match=r"is for 5 layer groups .*, got 7; train a coordinate"):
+        small(controller, torch.optim.SGD(groups_of(layers(7))))
+
+
+def test_decisions_are_as_many_as_in_training_unless_said_otherwise(normalised):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    seen = []
+    for every, expected in ((None, [0, 3, 6, 9]), (4, [0, 4, 8])):
+        controller = small(normalised, optimizer, total=10, every=every)
+        controller.begin(ce=1.0, kl=0.0)
+        decide, seen = controller._live.decide, [0.0]
+        controller._live.decide = lambda report, progress, *rest, decide=decide, seen=seen: (
+            seen.append(progress),
+            decide(report, progress, *rest),
+        )
+        train(model, optimizer, controller, 12)  # two beyond the end
+        np.testing.assert_allclose(seen, np.array(expected) / 10)
+
+
+def test_groups_that_were_split_by_decay_are_one_layer_group(normalised):
+    model = layers(2)
+    split = [
+        {"params": [p], "lr": 0.1, "name": f"layer{i}"}
+        for i, layer in enumerate(model)
+        for p in layer.parameters()
+    ]
+    optimizer = torch.optim.SGD(split)
+    controller = small(normalised, optimizer)
+    assert controller.layer_groups == ("layer0", "layer1")
+    controller.begin(ce=1.0, kl=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates[0] == rates[1]
+    assert rates[2] == rates[3]
+    with pytest.raises(ValueError, match=r"must be neighbours, got \['layer0', 'layer1', 'layer0'"):
+        small(normalised, torch.optim.SGD([split[0], split[2], split[1]]))
+
+
+def test_a_diverged_training_is_no_error(normalised):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer)
+    controller.begin(ce=1.0, kl=0.0)
+    train(model, optimizer, controller, 2)
+    before = controller.multipliers
+    with torch.no_grad():
+        model[0].weight.fill_(math.inf)
+    train(model, optimizer, controller, 4)
+    assert controller.diverged
+    assert controller.multipliers == before
+
+
+def test_losses_may_be_overwritten_by_the_loop(normalised):
+    found = []
+    for fresh in (True, False):
+        model, reused = layers(2), torch.zeros(())
+        optimizer = torch.optim.SGD(groups_of(model))
+        controller = small(normalised, optimizer)
+        controller.begin(ce=1.0, kl=0.0)
+        for step in range(4):
+            loss = model(torch.full((1, 3), float(step))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            reused.copy_(loss.detach())
+            controller.step(ce=loss.item() if fresh else reused, kl=0.0)
+            reused.fill_(99.0)
+        found.append(controller.multipliers)
+    assert found[0] == found[1]
+
+
+def test_misuse_is_told(normalised, make_settings):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer, total=2, every=1)
+    with pytest.raises(ValueError, match="has not begun; call begin"):
+        controller.step(ce=1.0, kl=0.0)
+    with pytest.raises(ValueError, match=r"terms beside ce and kl must be \[\].*got \['ewc'\]"):
+        controller.begin(ce=1.0, kl=0.0, ewc=1.0)
+    controller.begin(ce=1.0, kl=0.0)
+    with pytest.raises(ValueError, match="has begun; call begin"):
+        controller.begin(ce=1.0, kl=0.0)
+    with pytest.raises(ValueError, match="gradients are gone; call controller.step"):
+        controller.step(ce=1.0, kl=0.0)
+    moved = small(normalised, optimizer, total=2, every=1)
+    moved.begin(ce=1.0, kl=0.0)
+    model[0].weight.data = model[0].weight.data.clone()
+    with pytest.raises(ValueError, match="parameters are no longer where they were"):
+        train(model, optimizer, moved, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total": 0}, "`total_steps` must be an integer >= 1, got 0"),
+        ({"every": 0}, "`every` must be an integer >= 1, got 0"),
+        ({"classes": None}, "`classes` must be the number of classes"),
+        ({"inner_valid": None}, r"`inner_valid` must be a function .*\(normalised\), got None"),
+    ],
+)
+def test_settings_that_are_missing_or_wrong_are_told(normalised, settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(normalised, torch.optim.SGD(groups_of(layers(2))), **settings)
+
+
+@pytest.mark.parametrize("name", ["Rprop", "Prodigy", "LBFGS"])
+def test_optimizers_without_rates_by_group_are_refused(normalised, name):
+    optimizer = type(name, (torch.optim.SGD,), {})(groups_of(layers(2)))
+    with pytest.raises(ValueError, match=f"optimizer {name} cannot take a rate"):
+        small(normalised, optimizer)
+
+
+def test_momentum_of_another_form_is_refused(normalised):
+    with pytest.raises(ValueError, match="momentum_form 'pytorch', got ScaledVelocitySGD"):
+        small(normalised, ScaledVelocitySGD(groups_of(layers(2))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_steps": 7}, "`total_steps` must be 7, as when the state was saved, got 6"),
+        ({"layer_groups": ["a"]}, r"`layer_groups` must be \['a'\].*got \['0', '1'\]"),
+        ({"speed": 1}, r"for \['speed'\] it is not"),
+    ],
+)
+def test_the_state_of_another_is_refused(normalised, changes, message):
+    controller = small(normalised, torch.optim.SGD(groups_of(layers(2))))
+    with pytest.raises(ValueError, match=message):
+        controller.load_state_dict({**controller.state_dict(), **changes})
+
+
+def test_further_terms_are_observed(make_settings):
+    settings = make_settings(
+        **SMALL, observation="extended", guidance={"kl": 0.1, "weight_l2": 0.0}
+    )
+    controller = controller_for(settings)
+    model, found = layers(5), []
+    for value in (0.0, 50.0):
+        optimizer = torch.optim.SGD(groups_of(model))
+        live = small(controller, optimizer)
+        with pytest.raises(ValueError, match=r"must be \['weight_l2'\].*got \[\]"):
+            live.begin(ce=1.0, kl=0.0)
+        live.begin(ce=1.0, kl=0.0, weight_l2=value)
+        found.append(live.multipliers)
+    assert found[0] != found[1]
+
+
+def test_the_record_says_how_it_acts_unless_told_otherwise(normalised):
+    drawn = Controller(normalised.record.model_copy(update={"greedy": False}), normalised.weights)
+    optimizer = torch.optim.SGD(groups_of(layers(2)))
+    states = [small(drawn, optimizer, **s).state_dict() for s in ({}, {"greedy": True})]
+    assert [state["greedy"] for state in states] == [False, True]
+    assert replace(drawn).record == drawn.record
