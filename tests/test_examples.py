@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SINGLE_FILE = EXAMPLES / "reinforce_single_file.py"
@@ -179,3 +180,81 @@ def test_rllib_trains_for_an_iteration():
     assert episodes["episode_len_mean"] == 2
     assert -1 < episodes["episode_return_mean"] < 1
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+# Reuse: with and without a schedule
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A few images in the folders that `digit_folders.py` writes."""
+    root, generator = tmp_path_factory.mktemp("digits"), np.random.default_rng(0)
+    for split, first in (("pretrain", 0), ("train", 5), ("valid", 5), ("test", 5)):
+        for digit in range(first, first + 5):
+            folder = root / split / str(digit)
+            folder.mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 256, (32, 32), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def run_example(name, *arguments):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package", "groups"),
+    [
+        ("resnet_folder", "torchvision", ["stem", "layer1.0", "layer4.1", "head"]),
+        ("vit_timm", "timm", ["stem", "blocks.0", "blocks.11", "head"]),
+        ("hf_trainer", "transformers", ["stem", "vit.layers.0", "vit.layers.5", "head"]),
+    ],
+)
+def test_examples_of_reuse_compare_with_and_without_a_schedule(digits, name, package, groups):
+    pytest.importorskip(package)
+    done = run_example(name, digits, "--steps", 2, "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert set(groups) <= {line.split()[0] for line in lines}
+    assert lines[-3].startswith("one rate  base rate")
+    assert lines[-2].startswith("schedule  base rate")
+    assert re.fullmatch(r"schedule minus one rate: -?[\d.]+ \(.*, n = 2\)", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere/train is no folder; python docs/examples/digit_folders.py nowhere"),
+        (["nowhere", "--steps", 1], "--steps must be >= 2, got 1"),
+        (["nowhere", "--schedule", "none.json"], "none.json cannot be read as a schedule"),
+    ],
+)
+def test_examples_of_reuse_say_what_is_wrong(arguments, message):
+    done = run_example("resnet_folder", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_folders_of_digits_hold_every_class_of_every_split(tmp_path, monkeypatch):
+    module = load(EXAMPLES / "digit_folders.py")
+    images = np.zeros((5, 1, 32, 32), np.uint8)
+    arrays = {
+        f"{s}/{k}": v
+        for s in module.SPLITS.values()
+        for k, v in (("images", images), ("labels", np.arange(5)))
+    }
+    monkeypatch.setattr("asg_env.tasks.digit_images.load_images", lambda image_size: arrays)
+    module.write_folders(tmp_path)
+    found = {f"{path.parent.parent.name}/{path.parent.name}" for path in tmp_path.rglob("*.png")}
+    assert found == {f"pretrain/{digit}" for digit in range(5)} | {
+        f"{split}/{digit}" for split in ("train", "valid", "test") for digit in range(5, 10)
+    }

@@ -102,13 +102,17 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="made by docs/examples/digit_folders.py")
     shipped = Path(__file__).with_name("schedule.json")
-    parser.add_argument("--schedule", type=LearnedSchedule.load, default=shipped)
+    parser.add_argument("--schedule", default=shipped, help="of asg export; the shipped one")
     parser.add_argument("--steps", type=int, default=150, help="inner steps of a training")
     parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
     for name in ("steps", "seeds"):
         if getattr(given, name) < 2:
             parser.error(f"--{name} must be >= 2, got {getattr(given, name)}")
+    try:
+        given.schedule = LearnedSchedule.load(given.schedule)
+    except ValueError as error:
+        parser.error(str(error))
     return given
 
 

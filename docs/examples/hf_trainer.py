@@ -10,6 +10,7 @@ import torch
 from digit_folders import BATCH, accuracy, arguments, compare, load, pretrained
 from torch.utils.data import Dataset
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -76,6 +77,7 @@ def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[flo
         trainer = Trainer(
             model, settings, train_dataset=Images(), optimizers=(optimizer, scheduler)
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     return tuple(accuracy(lambda i: model(i).logits, data[s]) for s in ("valid", "test"))
