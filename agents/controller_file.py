@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, Strict
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.lstm_policy import LSTMPolicyNetwork
+from agents.numpy_policy import CONTROLLER_FORMAT, CONTROLLER_VERSION
 from agents.protocol import acts_greedily
 from agents.recurrent_policy import Layout, RecurrentPolicy
 from agents.run_folder import RunFolder, versions
@@ -24,8 +25,6 @@ from asg_env.core.optimizers import LRFactor, MomentumForm
 from asg_env.observations import Observation, ObservationName
 from asg_env.validation import ConfigError, Settings, validate
 
-FORMAT: Final = "asg-env-controller"
-VERSION: Final = 1
 Names = Annotated[tuple[str, ...], Strict(False)]  # a list, in JSON
 
 
@@ -53,14 +52,15 @@ class ControllerRecord(Settings):
     `greedy` says how it acts; the rest from `task` on is what it was trained on.
     """
 
-    format: Literal["asg-env-controller"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["asg-env-controller"] = CONTROLLER_FORMAT
+    version: Literal[1] = CONTROLLER_VERSION
     network: NetworkRecord
     encoding: EncodingRecord
     greedy: bool
     task: str
     instances: str
     layer_groups: Annotated[Names, Field(min_length=1)]
+    labels: Names  # of the entries of an observation with these layer groups
     horizon: Annotated[int, Field(ge=1)]  # decisions of a training
     inner_steps: Annotated[int, Field(ge=1)]  # of a training
     base_lr: Annotated[float, Field(gt=0)]
@@ -155,7 +155,7 @@ def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = 
             f"agent {experiment.agent.kind} has a network of its own kind; take a controller of "
             "reinforce, sequence-ppo or es, or export a schedule"
         )
-    env, network = experiment.env, policy.network
+    env, network, groups = experiment.env, policy.network, tuple(experiment.layer_groups)
     assert isinstance(network, CoordinatewiseNetwork | LSTMPolicyNetwork)
     windows = env.windows()
     values = {
@@ -174,7 +174,8 @@ def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = 
         "greedy": acts_greedily(run, training_seed) if greedy is None else greedy,
         "task": experiment.task,
         "instances": env.instances,
-        "layer_groups": tuple(experiment.layer_groups),
+        "layer_groups": groups,
+        "labels": Observation(env.observation, groups, env.grid, env.further_terms()).labels,
         "horizon": len(windows),
         "inner_steps": sum(windows),
         "base_lr": env.base_lr,
@@ -214,21 +215,27 @@ def read_controller(path: Path | str) -> Controller:
         values = json.loads(metadata.get("controller", ""))
     except ValueError:
         values = None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not isinstance(values, dict) or values.get("format") != CONTROLLER_FORMAT:
         raise ConfigError(
-            f"{path} is not a controller: it says nothing of the format '{FORMAT}'; give a file of "
-            "asg export"
+            f"{path} is not a controller: it says nothing of the format "
+            f"'{CONTROLLER_FORMAT}'; give a file of asg export"
         )
-    if values.get("version") != VERSION:
+    if values.get("version") != CONTROLLER_VERSION:
         raise ConfigError(
-            f"{path} has controller version {values.get('version')}, this asg-env reads {VERSION}; "
-            "use the asg-env that wrote it"
+            f"{path} has controller version {values.get('version')}, this asg-env reads "
+            f"{CONTROLLER_VERSION}; use the asg-env that wrote it"
         )
     try:
         controller = Controller(validate(ControllerRecord, values, "controller"), weights)
-        controller.network(controller.record.layer_groups)
+        groups = controller.record.layer_groups
+        controller.network(groups)
     except ConfigError as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
+    if controller.observation(groups).labels != controller.record.labels:
+        raise ConfigError(
+            f"{path} observes {', '.join(controller.record.labels)}, which this asg-env does not "
+            "offer; use the asg-env that wrote it"
+        )
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ConfigError(f"{path} is damaged: {', '.join(broken)} must be finite; export it again")

@@ -2,14 +2,25 @@
 
 At this size PyTorch's calls take several times as long as the arithmetic. The networks are those
 of `agents.lstm_policy` and `agents.coordinatewise`; probabilities agree with theirs to 1e-6. The
-module needs nothing else of this package.
+module needs nothing else of this package, and no PyTorch: copied beside a controller's file it is a
+runtime for that.
+
+Example:
+    policy, state = NumpyPolicy.load("controller.safetensors"), None
+    probabilities, state = policy.step(observation, state)  # policy.labels says of what
+    choices = choose(probabilities, None)
 """
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+CONTROLLER_FORMAT: Final = "asg-env-controller"
+CONTROLLER_VERSION: Final = 1
 Weights = Mapping[str, np.ndarray]  # state dict of the PyTorch network, float32
 
 
@@ -92,6 +103,25 @@ class _Coordinatewise:
         return seen @ self._head + self._bias, after.reshape(2, -1)
 
 
+def split_labels(
+    labels: Sequence[str], layer_groups: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return which entries of an observation concern the whole optimizee, and each layer group's.
+
+    Args:
+        labels: Of the entries; those of a layer group end in `/` and its name.
+        layer_groups: Names, input to head.
+    """
+    shared = tuple(i for i, label in enumerate(labels) if "/" not in label)
+    places, quantities = {label: i for i, label in enumerate(labels)}, _quantities(labels)
+    return shared, tuple(tuple(places[f"{q}/{g}"] for q in quantities) for g in layer_groups)
+
+
+def _quantities(labels: Sequence[str]) -> list[str]:
+    """What an observation says of every layer group, in its order."""
+    return list(dict.fromkeys(label.partition("/")[0] for label in labels if "/" in label))
+
+
 class NumpyPolicy:
     """A policy network of given weights, as it acts.
 
@@ -100,14 +130,67 @@ class NumpyPolicy:
         network: What it is: `kind`, `per-feature` or `coordinate-wise`; `shared`, the entries of
             an observation that concern the whole optimizee; `per_group`, those of each layer
             group; `memoryless`, whether every step starts from zeros.
+
+    Attributes:
+        width: Entries of an observation, D.
+        record: What a controller's file says beside the weights; empty without a file.
+        labels: Of the entries of an observation; empty without a file.
     """
+
+    record: Mapping[str, Any] = {}
+    labels: tuple[str, ...] = ()
 
     def __init__(self, weights: Weights, network: Mapping[str, Any]) -> None:
         shared, own = np.array(network["shared"], int), np.array(network["per_group"], int)
         kind = _PerFeature if network["kind"] == "per-feature" else _Coordinatewise
         self._network = kind(weights, shared, own)
         self._memoryless = bool(network["memoryless"])
-        self.width = shared.size + own.size  # of an observation, D
+        self.width = shared.size + own.size
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], layer_groups: Sequence[str] | None = None
+    ) -> "NumpyPolicy":
+        """Read a controller's file.
+
+        Args:
+            path: Of `asg export --format controller`.
+            layer_groups: Names, input to head, of the network that it is to drive; those of its
+                training if left out.
+
+        Raises:
+            ValueError: The file is no controller, of another version, or damaged; or the
+                controller is for another number of layer groups.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                record = json.loads((file.metadata() or {}).get("controller", "{}"))
+                weights = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a controller ({error}); give a file of asg export"
+            ) from None
+        found = record.get("format"), record.get("version")
+        if found != (CONTROLLER_FORMAT, CONTROLLER_VERSION):
+            raise ValueError(
+                f"{path} must be of format {CONTROLLER_FORMAT}, version {CONTROLLER_VERSION}, got "
+                f"{found[0]}, {found[1]}; give a file of asg export, read by the asg-env that "
+                "wrote it"
+            )
+        learned, labels = record["layer_groups"], record["labels"]
+        groups = list(learned if layer_groups is None else layer_groups)
+        if record["network"]["kind"] == "per-feature" and len(groups) != len(learned):
+            raise ValueError(
+                f"`layer_groups` must be {len(learned)}, as in the controller's training, got "
+                f"{len(groups)}; a coordinate-wise controller takes any number"
+            )
+        labels = [label for label in labels if "/" not in label] + [
+            f"{quantity}/{group}" for quantity in _quantities(labels) for group in groups
+        ]
+        shared, per_group = split_labels(labels, groups)
+        policy = cls(weights, {**record["network"], "shared": shared, "per_group": per_group})
+        policy.record, policy.labels = record, tuple(labels)
+        return policy
 
     def step(
         self, observation: np.ndarray, state: np.ndarray | None = None

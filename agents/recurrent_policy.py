@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
-from agents.numpy_policy import NumpyPolicy, choose
+from agents.numpy_policy import NumpyPolicy, choose, split_labels
 from asg_env.actions import ACTIONS, BoxAction, GridAction, RelativeAction
 from asg_env.build import task_of
 from asg_env.config import EnvSettings
@@ -53,14 +53,7 @@ class Layout:
                 "`env.action` must be grid or relative for this agent, got box; "
                 "set agent=ppo for box actions"
             )
-        return cls(
-            shared=tuple(i for i, label in enumerate(labels) if "/" not in label),
-            per_group=tuple(
-                tuple(i for i, label in enumerate(labels) if label.endswith(f"/{group}"))
-                for group in layer_groups
-            ),
-            actions=int(action.space.nvec[0]),
-        )
+        return cls(*split_labels(labels, layer_groups), actions=int(action.space.nvec[0]))
 
 
 class RecurrentNetwork(Protocol):

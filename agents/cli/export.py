@@ -11,10 +11,13 @@ from agents.cli.options import (
     Overwrite,
     RunPath,
     TrainingSeed,
+    check_training_seed,
     checked_instance,
     console,
     policy_of_seed,
 )
+from agents.controller_file import Controller, controller_of
+from agents.controller_formats import write_onnx, write_torch
 from agents.export import EXPORT_EPISODES, export_schedule
 from agents.protocol import acts_greedily
 from agents.rollout import RolloutPool
@@ -24,8 +27,20 @@ from agents.schedule_formats import check_python, to_csv, to_python
 from asg_env.schedule import Interpolation, LearnedSchedule, Selection
 from asg_env.validation import ConfigError
 
-Format = Literal["json", "csv", "python"]
-SUFFIXES: dict[Format, str] = {"json": ".json", "csv": ".csv", "python": ".py"}
+Format = Literal["json", "csv", "python", "controller", "onnx", "torch"]
+SUFFIXES: dict[Format, str] = {
+    "json": ".json",
+    "csv": ".csv",
+    "python": ".py",
+    "controller": ".safetensors",
+    "onnx": ".onnx",
+    "torch": ".pt2",
+}
+CONTROLLER_WRITERS: dict[Format, Callable[[Controller, Path], None]] = {
+    "controller": Controller.save,
+    "onnx": write_onnx,
+    "torch": write_torch,
+}
 
 
 def export_command(
@@ -34,38 +49,91 @@ def export_command(
     format: Annotated[
         Format | None, typer.Option(help="By the suffix of --out if left out.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Factor on the base learning rate.")] = 1.0,
-    episodes: Annotated[int, typer.Option(min=1, help="Rollouts.")] = EXPORT_EPISODES,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor on the base learning rate; 1 if left out.")
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help=f"Rollouts; {EXPORT_EPISODES} if left out.")
+    ] = None,
     select: Annotated[
-        Selection,
+        Selection | None,
         typer.Option(
-            help="Mean of the rollouts, the one nearest to their median, or best by outer_valid."
+            help="Mean of the rollouts, as if left out, the one nearest to their median, or the "
+            "best by outer_valid."
         ),
-    ] = "mean",
+    ] = None,
     interpolation: Annotated[
-        Interpolation, typer.Option(help="Of the multipliers between windows.")
-    ] = "step",
+        Interpolation | None,
+        typer.Option(help="Of the multipliers between windows; step if left out."),
+    ] = None,
     training_seed: TrainingSeed = 0,
     greedy: Greedy = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write what the controller does to the rates as a schedule."""
+    """Write what the controller does to the rates as a schedule, or the controller itself.
+
+    A schedule: json, csv, python. The controller: controller (for L2OController and NumPy), onnx,
+    torch (a program of torch.export).
+    """
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out must be a file in an existing folder, got {out}; choose another")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; add --overwrite or choose another --out")
     kind = _format(format, out)
     opened = RunFolder.open(run)
+    if kind in CONTROLLER_WRITERS:
+        of_schedules = {"scale": scale, "episodes": episodes, "select": select}
+        for name, value in {**of_schedules, "interpolation": interpolation}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"--{name} is of schedules and format {kind} holds the controller itself, got "
+                    f"{value}; leave it out"
+                )
+        _export_controller(opened, kind, out, training_seed, greedy)
+        return
     opened.experiment.check()  # its device may not be here
+    interpolation = interpolation or "step"
     if kind == "python":  # now, not after the rollouts
         check_python(interpolation, opened.experiment.env.lr_factor)
-    schedule = exported(opened, scale, episodes, select, interpolation, training_seed, greedy)
+    schedule = exported(
+        opened,
+        1.0 if scale is None else scale,
+        episodes or EXPORT_EPISODES,
+        select or "mean",
+        interpolation,
+        training_seed,
+        greedy,
+    )
     if kind == "json":
         write_schedule(out, schedule)
     else:
         text = to_csv(schedule) if kind == "csv" else to_python(schedule)
         _writing(out, lambda: write_text(out, text))
     console.print(f"written: {out}")
+
+
+def _export_controller(
+    run: RunFolder, kind: Format, out: Path, training_seed: int, greedy: bool | None
+) -> None:
+    check_training_seed(run, training_seed)
+    controller = controller_of(run, training_seed, greedy)
+    _writing(out, lambda: CONTROLLER_WRITERS[kind](controller, out))
+    console.print(_in_words(controller))
+    console.print(f"written: {out}")
+
+
+def _in_words(controller: Controller) -> str:
+    record = controller.record
+    drives = (
+        "any number of layer groups"
+        if record.network.kind == "coordinate-wise"
+        else f"{len(record.layer_groups)} layer groups: {', '.join(record.layer_groups)}"
+    )
+    return (
+        f"{record.network.kind} controller of {record.task}, instances {record.instances}, "
+        f"{'greedy' if record.greedy else 'sampled'} actions, for {drives}; it observes "
+        f"{len(record.labels)} numbers ({record.encoding.observation})"
+    )
 
 
 def _format(asked: Format | None, out: Path) -> Format:

@@ -66,13 +66,22 @@ def progress_bar(label: str) -> Progress:
 
 def policy_of_seed(run: RunFolder, training_seed: int) -> Policy:
     """Return the policy of one of the run's training seeds."""
+    check_training_seed(run, training_seed)
+    return load_policy(run, training_seed)
+
+
+def check_training_seed(run: RunFolder, training_seed: int) -> None:
+    """Find out whether a run has this training seed.
+
+    Raises:
+        ConfigError: It has fewer.
+    """
     seeds = run.experiment.train.seeds
     if training_seed >= seeds:
         raise ConfigError(
             f"--training-seed must be < {seeds}, the training seeds of {run.path}, got "
             f"{training_seed}; lower it"
         )
-    return load_policy(run, training_seed)
 
 
 def load_schedule(path: Path) -> LearnedSchedule:

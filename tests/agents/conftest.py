@@ -10,18 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import agents.episodic
 import agents.train
 from agents.compare.plan import ComparisonSettings, Plan
 from agents.compare.work import Comparison, TrialRunner
+from agents.controller_file import Controller, ControllerRecord
+from agents.coordinatewise import CoordinatewiseNetwork
 from agents.experiment import Experiment
+from agents.lstm_policy import LSTMPolicyNetwork
+from agents.recurrent_policy import layout_of
 from agents.rollout import Episode
 from agents.run_folder import RunFolder
 from asg_env.config import EnvSettings
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
+from asg_env.observations import Observation
 from asg_env.task_settings import settings_class
+from asg_env.tasks import load_task
 from asg_env.validation import validate
 
 TASK = "ASG/Digits-v0"
@@ -320,3 +327,46 @@ def user_code(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(USER_CODE, encoding="utf-8")
     return path
+
+
+def _controller_for(
+    settings: EnvSettings, kind: str = "coordinate-wise", greedy: bool = True
+) -> Controller:
+    """A controller of random weights, large enough that what it sees moves what it does."""
+    generator = torch.Generator().manual_seed(5)
+    layout, terms = layout_of(TASK, settings), settings.further_terms()
+    groups = tuple(load_task(TASK).layer_groups)
+    build = CoordinatewiseNetwork if kind == "coordinate-wise" else LSTMPolicyNetwork
+    network = build(layout, 6, generator)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 1.0, generator=generator)
+    record = ControllerRecord(
+        network={"kind": kind, "hidden_size": 6, "memoryless": False},
+        encoding={
+            "observation": settings.observation,
+            "action": settings.action,
+            "grid": settings.grid,
+            "start_multiplier": settings.start_multiplier,
+            "terms": terms,
+        },
+        greedy=greedy,
+        task=TASK,
+        instances="fixed",
+        layer_groups=groups,
+        labels=Observation(settings.observation, groups, settings.grid, terms).labels,
+        horizon=len(settings.windows()),
+        inner_steps=sum(settings.windows()),
+        base_lr=settings.base_lr,
+        optimizer="sgd",
+        momentum_form=settings.momentum_form,
+        lr_factor=settings.lr_factor,
+        provenance={},
+    )
+    return Controller(record, dict(network.state_dict()))
+
+
+@pytest.fixture(scope="session")
+def controller_for() -> Callable[..., Controller]:
+    """A controller of random weights for given settings."""
+    return _controller_for

@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from agents.controller_file import Controller, ControllerRecord
-from agents.coordinatewise import CoordinatewiseNetwork
+from agents.controller_file import Controller
 from agents.l2o_controller import L2OController
-from agents.lstm_policy import LSTMPolicyNetwork
-from agents.recurrent_policy import layout_of
 from agents.rollout import run_policy
 from asg_env.core.data import DataOrder
 from asg_env.core.layer_groups import build_param_groups
@@ -22,39 +19,6 @@ from asg_env.core.seeding import torch_generator
 from asg_env.tasks import load_task
 
 TASK = "ASG/Digits-v0"
-
-
-def controller_for(settings, kind="coordinate-wise", greedy=True) -> Controller:
-    """A controller of random weights, large enough that what it sees moves what it does."""
-    generator = torch.Generator().manual_seed(5)
-    layout = layout_of(TASK, settings)
-    build = CoordinatewiseNetwork if kind == "coordinate-wise" else LSTMPolicyNetwork
-    network = build(layout, 6, generator)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 1.0, generator=generator)
-    record = ControllerRecord(
-        network={"kind": kind, "hidden_size": 6, "memoryless": False},
-        encoding={
-            "observation": settings.observation,
-            "action": settings.action,
-            "grid": settings.grid,
-            "start_multiplier": settings.start_multiplier,
-            "terms": settings.further_terms(),
-        },
-        greedy=greedy,
-        task=TASK,
-        instances="fixed",
-        layer_groups=tuple(load_task(TASK).layer_groups),
-        horizon=len(settings.windows()),
-        inner_steps=sum(settings.windows()),
-        base_lr=settings.base_lr,
-        optimizer="sgd",
-        momentum_form=settings.momentum_form,
-        lr_factor=settings.lr_factor,
-        provenance={},
-    )
-    return Controller(record, dict(network.state_dict()))
 
 
 class Loop:
@@ -143,7 +107,7 @@ SMALL = {"horizon": 4, "inner_steps": 3, "outer_valid_size": 50}
     ids=["scaled", "asg", "normalised", "warm-up"],
 )
 def test_a_plain_loop_trains_as_the_environment_does_bit_for_bit(
-    make_env, instance, changes, kind, greedy
+    make_env, controller_for, instance, changes, kind, greedy
 ):
     env = make_env(**{**SMALL, **changes})
     controller = controller_for(env.settings, kind, greedy)
@@ -159,7 +123,7 @@ def test_a_plain_loop_trains_as_the_environment_does_bit_for_bit(
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_another_seed_draws_other_actions(make_settings, instance):
+def test_another_seed_draws_other_actions(make_settings, controller_for, instance):
     settings = make_settings(**SMALL)
     controller = controller_for(settings, greedy=False)
     first, again, other = (
@@ -172,7 +136,7 @@ def test_another_seed_draws_other_actions(make_settings, instance):
 @pytest.mark.parametrize("at", [0, 2, 3, 5, 11, 12])
 @pytest.mark.parametrize("observation", ["scaled", "normalised"])
 def test_resuming_repeats_the_uninterrupted_training(
-    make_settings, instance, tmp_path, observation, at
+    make_settings, controller_for, instance, tmp_path, observation, at
 ):
     settings = make_settings(**{**SMALL, "observation": observation})
     controller = controller_for(settings, greedy=False)
@@ -219,7 +183,7 @@ def train(model, optimizer, controller, steps, first=0):
 
 
 @pytest.fixture
-def normalised(make_settings):
+def normalised(make_settings, controller_for):
     return controller_for(make_settings(**{**SMALL, "observation": "normalised"}))
 
 
@@ -235,7 +199,7 @@ def test_a_coordinate_wise_controller_drives_any_number_of_groups(normalised, co
     assert rates == [0.1 * m for m in controller.multipliers.values()]
 
 
-def test_a_per_feature_controller_drives_its_own_number_of_groups(make_settings):
+def test_a_per_feature_controller_drives_its_own_number_of_groups(make_settings, controller_for):
     controller = controller_for(make_settings(**SMALL), "per-feature")
     with pytest.raises(ValueError, match=r"is for 5 layer groups .*, got 7; train a coordinate"):
         small(controller, torch.optim.SGD(groups_of(layers(7))))
@@ -368,7 +332,7 @@ def test_the_state_of_another_is_refused(normalised, changes, message):
         controller.load_state_dict({**controller.state_dict(), **changes})
 
 
-def test_further_terms_are_observed(make_settings):
+def test_further_terms_are_observed(make_settings, controller_for):
     settings = make_settings(
         **SMALL, observation="extended", guidance={"kl": 0.1, "weight_l2": 0.0}
     )

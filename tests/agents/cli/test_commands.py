@@ -15,6 +15,7 @@ import agents.cli.info
 import agents.cli.main
 from agents.baselines import FAMILIES
 from agents.experiment import Experiment
+from agents.numpy_policy import NumpyPolicy
 from agents.recurrent_policy import RecurrentPolicy
 from agents.run_folder import RunFolder
 from asg_env.schedule import LearnedSchedule
@@ -227,6 +228,27 @@ def test_export_writes_what_is_asked_for(asg, done, inline, tmp_path, name, opti
     selection = options[1] if "--select" in options else "mean"
     assert f"multipliers at scale 1: {selection} of 3 rollouts" in result.out
     assert f"written: {tmp_path / name}" in result.out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("c.safetensors", []),
+        ("c.onnx", []),
+        ("c.pt2", ["--sampled"]),
+        ("c.bin", ["--format", "controller"]),
+    ],
+)
+def test_export_writes_the_controller_itself(asg, done, tmp_path, name, options):
+    result = asg("export", done, "--out", tmp_path / name, *options)
+    assert (result.status, result.err) == (0, "")
+    told = " ".join(result.out.split())
+    assert "per-feature controller of ASG/Digits-v0, instances unknown-scale" in told
+    assert ("sampled actions" if "--sampled" in options else "greedy actions") in told
+    assert "for 5 layer groups: conv1, conv2, conv3, conv4, head; it observes 9 numbers" in told
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("c.")] == [name]
+    if name in ("c.safetensors", "c.bin"):
+        assert NumpyPolicy.load(tmp_path / name).width == 9
 
 
 def test_show_prints_and_draws_a_schedule(asg, schedule, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -334,12 +335,31 @@ def test_fit_and_export_refuse_a_training_seed_that_is_not_there(fails, run, inl
         (["--scale", "nan"], "--scale must be a finite number > 0, got nan"),
         (["--episodes", "0"], "--episodes"),
         (["--select", "worst"], "'worst' is not one of 'mean', 'median', 'best'"),
-        (["--format", "yaml"], "'yaml' is not one of 'json', 'csv', 'python'"),
+        (["--format", "yaml"], "'yaml' is not one of 'json', 'csv', 'python', 'contr"),
         (["--format", "csv"], "--out must end in .csv, got"),
     ],
 )
 def test_export_refuses_wrong_arguments(fails, run, tmp_path, arguments, message):
     assert message in fails("export", run, "--out", tmp_path / "schedule.json", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("scale", "2.0"), ("episodes", "3"), ("select", "mean"), ("interpolation", "step")],
+)
+def test_export_refuses_options_of_schedules_for_a_controller(fails, run, tmp_path, option, value):
+    message = fails("export", run, "--out", tmp_path / "c.onnx", f"--{option}", value)
+    assert f"--{option} is of schedules and format onnx holds the controller itself" in message
+    assert f"got {value}; leave it out" in message
+    assert not (tmp_path / "c.onnx").exists()
+
+
+def test_export_refuses_a_controller_that_is_not_there(fails, run, tmp_path):
+    out = ("--out", tmp_path / "c.safetensors")
+    message = fails("export", run, *out, "--training-seed", "1")
+    assert "--training-seed must be < 1, the training seeds of" in message
+    shutil.rmtree(run / "seed-0" / "checkpoints")
+    assert "has no checkpoint of training seed 0" in fails("export", run, *out)
 
 
 def test_export_refuses_what_a_snippet_cannot_hold_before_any_rollout(fails, run, tmp_path):

@@ -1,0 +1,120 @@
+"""The four runtimes of a controller's network agree over whole episodes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from agents.controller_formats import write_onnx, write_torch
+from agents.numpy_policy import NumpyPolicy
+from agents.rollout import run_policy
+from asg_env.validation import ConfigError
+
+KINDS = ["coordinate-wise", "per-feature"]
+
+
+class Watched:
+    """A policy that keeps what it sees."""
+
+    def __init__(self, policy) -> None:
+        self._policy, self.seen = policy, []
+        self.seed = policy.seed
+
+    def predict(self, observation, *arguments, **options):
+        self.seen.append(observation)
+        return self._policy.predict(observation, *arguments, **options)
+
+
+@pytest.fixture(params=KINDS)
+def controller(request, make_env, controller_for):
+    return controller_for(make_env(observation="normalised", horizon=6).settings, request.param)
+
+
+@pytest.fixture
+def seen(controller, make_env, instance):
+    """Observations of a whole episode, (T, D)."""
+    env = make_env(observation="normalised", horizon=6)
+    policy = Watched(controller.policy(env.trainer.layer_groups))
+    episode = run_policy(env, policy, instance, seed=1, deterministic=True)
+    assert not episode.diverged
+    return np.stack(policy.seen)
+
+
+def in_torch(controller, seen):
+    network = controller.network(controller.record.layer_groups)
+    with torch.no_grad():
+        log_probs, _ = network(torch.from_numpy(seen)[:, None], network.initial_state(1))
+    return log_probs[:, 0].exp().numpy()
+
+
+def zeros(controller):
+    return controller.network(controller.record.layer_groups).initial_state(1)[:, 0]
+
+
+def test_numpy_agrees_with_torch(controller, seen, tmp_path):
+    controller.save(tmp_path / "c.safetensors")
+    policy, state, found = NumpyPolicy.load(tmp_path / "c.safetensors"), None, []
+    for row in seen:
+        odds, state = policy.step(row, state)
+        found.append(odds)
+    np.testing.assert_allclose(found, in_torch(controller, seen), rtol=0, atol=1e-6)
+
+
+def test_onnx_agrees_with_torch(controller, seen, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    write_onnx(controller, tmp_path / "c.onnx")
+    session = runtime.InferenceSession(tmp_path / "c.onnx", providers=["CPUExecutionProvider"])
+    state, found = zeros(controller).numpy(), []
+    for row in seen:
+        odds, state = session.run(
+            ["probabilities", "next_state"], {"observation": row, "state": state}
+        )
+        found.append(odds)
+    np.testing.assert_allclose(found, in_torch(controller, seen), rtol=0, atol=1e-6)
+    record = json.loads(session.get_modelmeta().custom_metadata_map["controller"])
+    assert record["labels"] == list(controller.record.labels)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.onnx"]
+
+
+def test_a_program_of_torch_export_agrees_with_torch(controller, seen, tmp_path):
+    write_torch(controller, tmp_path / "c.pt2")
+    files = {"controller": ""}
+    program = torch.export.load(tmp_path / "c.pt2", extra_files=files).module()
+    state, found = zeros(controller), []
+    for row in torch.from_numpy(seen):
+        odds, state = program(row, state)
+        found.append(odds.detach().numpy())
+    np.testing.assert_allclose(found, in_torch(controller, seen), rtol=0, atol=1e-6)
+    assert json.loads(files["controller"])["layer_groups"] == list(controller.record.layer_groups)
+
+
+def test_memoryless_policies_are_written_too(make_settings, controller_for, tmp_path):
+    controller = controller_for(make_settings(), "per-feature")
+    network = controller.record.network.model_copy(update={"memoryless": True})
+    record = controller.record.model_copy(update={"network": network})
+    write_torch(type(controller)(record, controller.weights), tmp_path / "c.pt2")
+    program = torch.export.load(tmp_path / "c.pt2").module()
+    row = torch.linspace(-1, 1, len(record.labels))
+    first, after = program(row, zeros(controller))
+    assert not after.any()
+    torch.testing.assert_close(program(row, torch.ones_like(after))[0], first)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_told(controller, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ConfigError, match=rf"needs {package}.*; pip install 'asg-env\[export\]'"):
+        write_onnx(controller, tmp_path / "c.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_torch])
+def test_files_that_cannot_be_written_leave_nothing(controller, tmp_path, monkeypatch, write):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agents.controller_formats.os.replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write(controller, tmp_path / "c.bin")
+    assert not list(tmp_path.iterdir())
