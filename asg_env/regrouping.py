@@ -1,7 +1,7 @@
 """A schedule for another model: by names, by patterns, or by relative depth."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -39,20 +39,29 @@ def regroup(
 
 
 def by_depth(schedule: LearnedSchedule, model: nn.Module) -> LearnedSchedule:
-    """See `LearnedSchedule.by_depth`.
+    """See `LearnedSchedule.by_depth`."""
+    patterns = depth_groups(model)
+    return regroup(schedule, patterns, sources_by_depth(schedule, list(patterns)))
+
+
+def sources_by_depth(schedule: LearnedSchedule, layer_groups: Sequence[str]) -> dict[str, str]:
+    """Which of the schedule's groups each layer group gets its multipliers from.
 
     The body's groups stand at depths from 0 (input) to 1 (last before the head), evenly, in the
     schedule as in the model; each gets the multipliers of the group that is nearest, of two as near
-    those of the deeper.
+    those of the deeper. The head gets those of the schedule's last group.
+
+    Args:
+        schedule: Of any number of groups.
+        layer_groups: Names, input to head.
     """
-    patterns = depth_groups(model)
     *body, head = schedule.layer_groups
-    *layers, last = patterns
-    sources = {last: head}
+    *layers, last = layer_groups
+    sources = {}
     for index, name in enumerate(layers):
         depth = index / max(1, len(layers) - 1)
         sources[name] = body[int(depth * (len(body) - 1) + 0.5)] if body else head
-    return regroup(schedule, patterns, sources)
+    return {**sources, last: head}
 
 
 def depth_groups(model: nn.Module) -> dict[str, str]:
