@@ -70,11 +70,15 @@ def export_schedule(
             "schedule to take from them; choose another --scale"
         )
     stacked = np.stack([episode.multipliers for episode in rollouts])  # (n, T, G)
+    # From the first on: where all are equal the mean is that value to the last bit, the spread 0.
+    beyond = stacked - stacked[0]
+    mean = stacked[0] + beyond.mean(axis=0)
+    chosen = mean if selection == "mean" else stacked[_chosen(rollouts, stacked, selection)]
     return LearnedSchedule(
         layer_groups=experiment.layer_groups,
         knots=tuple(rollouts[0].progress[:-1].tolist()),
-        multipliers=tuple(map(tuple, _selected(rollouts, stacked, selection).tolist())),
-        spread=tuple(map(tuple, stacked.std(axis=0).tolist())),
+        multipliers=tuple(map(tuple, chosen.tolist())),
+        spread=tuple(map(tuple, beyond.std(axis=0).tolist())),
         base_lr=experiment.env.base_lr,
         optimizer=experiment.env.optimizer,
         momentum_form=experiment.env.momentum_form,
@@ -95,12 +99,10 @@ def export_schedule(
     )
 
 
-def _selected(rollouts: list[Episode], stacked: np.ndarray, selection: Selection) -> np.ndarray:
-    """Multipliers that the schedule gets, (T, G), of all, (n, T, G); the first of equals."""
-    if selection == "mean":
-        return np.asarray(stacked.mean(axis=0))
+def _chosen(rollouts: list[Episode], stacked: np.ndarray, selection: Selection) -> int:
+    """Which of all rollouts is taken, the first of equals; their multipliers are (n, T, G)."""
     if selection == "best":
-        return np.asarray(stacked[np.argmax([episode.accuracy[-1] for episode in rollouts])])
+        return int(np.argmax([episode.accuracy[-1] for episode in rollouts]))
     logs = np.log(np.maximum(stacked, FLOOR))
     distances = np.abs(logs - np.median(logs, axis=0)).sum(axis=(1, 2))
-    return np.asarray(stacked[distances.argmin()])
+    return int(distances.argmin())

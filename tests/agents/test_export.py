@@ -53,6 +53,18 @@ def test_export_averages_the_multipliers_of_its_rollouts(trained_run, policy, po
     assert schedule.knots == (0.0, 2 / 6, 4 / 6)
 
 
+def test_export_keeps_equal_multipliers_to_the_last_bit(trained_run, pool):
+    class Stays(RandomPolicy):
+        def predict(self, *arguments, **keywords):
+            return np.ones(5, int), None
+
+    assert np.mean([[0.01]] * 10, axis=0)[0] != 0.01  # what a plain mean makes of it
+    policy = Stays(None)
+    schedule = export_schedule(trained_run, policy, pool, episodes=10, deterministic=True)
+    assert schedule.multipliers == ((0.01,) * 5,) * 3
+    assert schedule.spread == ((0.0,) * 5,) * 3
+
+
 def test_export_rolls_out_on_fresh_train_instances_with_seeds_of_their_own(
     trained_run, policy, pool
 ):
