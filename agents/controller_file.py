@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, Strict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from agents.coordinatewise import CoordinatewiseNetwork
@@ -131,7 +131,7 @@ class Controller:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         metadata = {"controller": self.record.model_dump_json()}
         try:
-            save_file(self.weights, str(temporary), metadata=metadata)
+            temporary.write_bytes(save(self.weights, metadata))  # with the usual permissions
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -1,15 +1,20 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torchvision.models import resnet18
 
 from agents.benchmark.plan import BenchmarkSettings
 from agents.cli.main import main
 from agents.compare.plan import RowSettings
 from agents.evolution import EvolutionSettings
 from agents.experiment import TrainSettings
+from agents.numpy_policy import NumpyPolicy
 from agents.reinforce import ReinforceSettings
 from agents.rules import RULES
 from agents.sequence_ppo import SequencePPOSettings
@@ -89,3 +94,39 @@ def test_code_and_commands_of_the_guidance_page_run(tmp_path, monkeypatch, capsy
     found = json.loads((tmp_path / "model-sparse" / "fit.json").read_text())["windows"][-1]
     assert found["guidance"]["Sparse"] > 0
     assert (tmp_path / "mine" / "compare.md").exists()
+
+
+def test_code_of_the_reuse_page_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("jax")
+    examples = DOCS / "examples"
+    for name in ("schedule.json", "controller.safetensors"):
+        shutil.copy(examples / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "model": resnet18(num_classes=5),
+        "total_steps": 150,
+        "first_loss": 1.6,
+        "inner_valid": lambda: 1.6,
+        "batches": [(torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4))] * 3,
+        "observation": np.zeros(NumpyPolicy.load("controller.safetensors").width, np.float32),
+    }
+    for block in blocks("reuse.md", "python"):
+        exec(compile(block, "reuse.md", "exec"), names)  # what a reader types
+    assert names["controller"].multipliers.keys() == names["schedule"].layer_groups.keys()
+    assert names["scheduler"].total_steps == 150
+    assert names["choices"].shape == (5,)
+    assert set(names["rates"]) == {"stem", "head", *names["schedule"].layer_groups}
+    assert "layer4.1" in capsys.readouterr().out
+
+
+def test_code_of_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    environment, reuse = blocks("../README.md", "python")
+    names: dict = {}
+    exec(compile(environment, "README.md", "exec"), names)
+    assert len(names["info"]["lr_multipliers"]) == 5
+    exec(compile(reuse, "README.md", "exec"), names)
+    assert names["scheduler"].get_last_lr()[0] == 0.1 * 0.003
+    capsys.readouterr()
