@@ -1,14 +1,13 @@
 """A trained controller as one file: the weights of its network and what they are for."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, Strict
+from pydantic import Field, Strict, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +21,7 @@ from agents.run_folder import RunFolder, versions
 from agents.train import load_policy
 from asg_env.actions import ACTIONS, GridName
 from asg_env.core.optimizers import LRFactor, MomentumForm
+from asg_env.files import replacing
 from asg_env.observations import Observation, ObservationName
 from asg_env.validation import ConfigError, Settings, validate
 
@@ -34,6 +34,12 @@ class NetworkRecord(Settings):
     kind: Literal["per-feature", "coordinate-wise"]
     hidden_size: Annotated[int, Field(ge=1)]
     memoryless: bool
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> "NetworkRecord":
+        if self.memoryless and self.kind == "coordinate-wise":
+            raise ValueError("`memoryless` must be false for a coordinate-wise network, got true")
+        return self
 
 
 class EncodingRecord(Settings):
@@ -128,14 +134,9 @@ class Controller:
 
     def save(self, path: Path) -> None:
         """Write the file, to a temporary name first."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         metadata = {"controller": self.record.model_dump_json()}
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(save(self.weights, metadata))  # with the usual permissions
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = None) -> Controller:

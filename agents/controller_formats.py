@@ -6,9 +6,8 @@ float32 (G, M), and the next state. What an entry of an observation is, and what
 stands beside the network as the JSON record of `agents.controller_file`.
 """
 
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.controller_file import Controller
+from asg_env.files import replacing
 from asg_env.validation import ConfigError
 
 RECORD = "controller"  # key of the record in both files
@@ -68,7 +68,8 @@ def write_onnx(controller: Controller, path: Path) -> None:
     entry = model.metadata_props.add()
     entry.key, entry.value = RECORD, controller.record.model_dump_json()
     onnx.checker.check_model(model)
-    _write(path, lambda temporary: onnx.save(model, temporary))
+    with replacing(path) as temporary:
+        onnx.save(model, str(temporary))
 
 
 def write_torch(controller: Controller, path: Path) -> None:
@@ -81,7 +82,8 @@ def write_torch(controller: Controller, path: Path) -> None:
     with _traced():
         program = torch.export.export(step, step.example())
     files = {RECORD: controller.record.model_dump_json()}
-    _write(path, lambda temporary: torch.export.save(program, temporary, extra_files=files))
+    with replacing(path) as temporary:
+        torch.export.save(program, temporary, extra_files=files)
 
 
 @contextmanager
@@ -90,14 +92,3 @@ def _traced() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
         yield
-
-
-def _write(path: Path, write: Callable[[str], None]) -> None:
-    """Write to a temporary name of the same suffix, then rename."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

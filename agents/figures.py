@@ -1,6 +1,5 @@
 """Pictures of a run: what the controller does, and how it fares."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from agents.evaluate import Row
 from agents.results import IN_WORDS
 from agents.rollout import Episode
+from asg_env.files import replacing
 
 HIGHLIGHT = "#c2410c"
 OTHERS = {"static search": "#1d4ed8", "uniform": "#047857", "back-off": "#525252"}
@@ -43,9 +43,8 @@ def draw_run(
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG to a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _episodes(row: Row) -> list[Episode]:

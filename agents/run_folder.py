@@ -1,7 +1,6 @@
 """Run folders: where a run is kept, and what its bits depended on."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from agents.experiment import Experiment
+from asg_env.files import replacing
 from asg_env.validation import ConfigError
 from asg_env.yaml_files import read_yaml
 
@@ -173,9 +173,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: no reader ever sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import csv
 import io
 
-from asg_env.core.optimizers import LRFactor
+from asg_env.core.optimizers import LRFactor, MomentumForm
 from asg_env.schedule import Interpolation, LearnedSchedule
 from asg_env.schedulers import Course
 from asg_env.validation import ConfigError
@@ -47,17 +47,20 @@ def to_csv(schedule: LearnedSchedule) -> str:
     return text.getvalue()
 
 
-def check_python(interpolation: Interpolation, lr_factor: LRFactor) -> None:
+def check_python(
+    interpolation: Interpolation, lr_factor: LRFactor, momentum_form: MomentumForm
+) -> None:
     """Find out whether a schedule fits into a snippet of Python.
 
     Raises:
         ConfigError: It has a common warm-up or decay, or rates that change between knots, which
-            ten lines do not hold.
+            ten lines do not hold; or it was learned with another momentum than PyTorch's.
     """
-    if interpolation != "step" or lr_factor != "constant":
+    if (interpolation, lr_factor, momentum_form) != ("step", "constant", "pytorch"):
         raise ConfigError(
-            "--format python needs --interpolation step and a run with `lr_factor` constant, got "
-            f"{interpolation} and {lr_factor}; export json and use to_torch"
+            "--format python needs --interpolation step and a run with `lr_factor` constant and "
+            f"`momentum_form` pytorch, got {interpolation}, {lr_factor} and {momentum_form}; "
+            "export json and use to_torch"
         )
 
 
@@ -67,7 +70,7 @@ def to_python(schedule: LearnedSchedule) -> str:
     Raises:
         ConfigError: As `check_python`.
     """
-    check_python(schedule.interpolation, schedule.lr_factor)
+    check_python(schedule.interpolation, schedule.lr_factor, schedule.momentum_form)
     columns = zip(*schedule.multipliers, strict=True)
     rows = [
         f"    {name!r}: {column},"

@@ -38,9 +38,11 @@ def regroup(
     )
 
 
-def by_depth(schedule: LearnedSchedule, model: nn.Module) -> LearnedSchedule:
+def by_depth(
+    schedule: LearnedSchedule, model: nn.Module, head: str | None = None
+) -> LearnedSchedule:
     """See `LearnedSchedule.by_depth`."""
-    patterns = depth_groups(model)
+    patterns = depth_groups(model, head)
     return regroup(schedule, patterns, sources_by_depth(schedule, list(patterns)))
 
 
@@ -64,56 +66,84 @@ def sources_by_depth(schedule: LearnedSchedule, layer_groups: Sequence[str]) -> 
     return {**sources, last: head}
 
 
-def depth_groups(model: nn.Module) -> dict[str, str]:
+def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
     """Layer groups for a model of any depth: name to pattern, input to head.
 
-    The items of the model's lists (`Sequential`, `ModuleList`) of blocks are a group each. What
-    comes before the first is `stem`; the last layer with trainable parameters is `head`; what is
-    between the last block and the head goes with that block. A model without blocks, such as a
-    `Sequential` of layers, has a group for each layer, its norms going with the layer before.
-    Order is that in which the modules were made, as in `named_parameters()`.
+    The items of the model's lists (`Sequential`, `ModuleList`) of blocks are a group each: blocks
+    of a ResNet or a ViT, stages of a ConvNeXt or a Swin. What comes before the first is `stem`;
+    the head is `head`; what is between the last block and the head goes with that block. A model
+    without blocks, such as a `Sequential` of layers, has a group for each layer, its norms going
+    with the layer before. Order is that in which the modules were made, as in `named_parameters()`,
+    so that of branches side by side is not their depth.
+
+    Args:
+        model: Parameters with `requires_grad=False` are passed over.
+        head: Name of the module that is the head; the last layer with trainable parameters if left
+            out.
 
     Raises:
-        ValueError: The model has one layer only, or its head is within a block.
+        ValueError: The model has one layer only, its head is within a block or has no matrix, or
+            it has no such module.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    kind = type(model).__name__
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    layers = list(dict.fromkeys(map(_layer, trainable)))
     if len(layers) < 2 or next(model.children(), None) is None:
         raise ValueError(
-            f"{type(model).__name__} must have two layers or more with trainable parameters, of "
-            "which the last is the head; give patterns to regroup"
+            f"{kind} must have two layers or more with trainable parameters, of which the last is "
+            "the head; give patterns to regroup"
         )
-    head = layers[-1]
-    units = {u: is_block for u, is_block in _units(model, "") if any(_within(n, u) for n in names)}
-    blocks = any(units.values())
-    if blocks:
-        around = next(unit for unit in units if _within(names[-1], unit))
-        if units[around]:
-            raise ValueError(
-                f"{type(model).__name__} ends in {around}, a block that holds more than its last "
-                f"layer {head}; give patterns to regroup"
-            )
-        # A head with a norm or layers before the last one: those go with the body.
-        body = [u for u in units if u != around]
-        body += [u for u in layers if _within(u, around) and u != head]
-    else:
-        body = layers[:-1]
-    vectors = {
-        unit
-        for unit in body
-        if all(p.ndim < 2 for name, p in model.named_parameters() if _within(name, unit))
+    last = layers[-1] if head is None else head
+    if not any(p.ndim > 1 for name, p in trainable.items() if _within(name, last)):
+        raise ValueError(
+            f"`head` must be a module of {kind} with a trainable matrix, got {last!r}; name it"
+        )
+    units = {
+        u: is_block for u, is_block in _units(model, "") if any(_within(n, u) for n in trainable)
     }
+    blocks = any(units.values())
+    body: list[str] = []
+    for unit in units if blocks else layers:
+        if _within(last, unit) and unit != last:
+            if units.get(unit, False):
+                raise ValueError(
+                    f"{kind} ends in {unit}, a block that holds more than its head {last}; give "
+                    "patterns to regroup"
+                )
+            # A head with a norm or layers before the last one: those go with the body.
+            body += [name for name in layers if _within(name, unit) and not _within(name, last)]
+        elif not _within(unit, last):
+            body.append(unit)
+    # Of a module that holds others on this list only its own parameters.
+    listed = [*body, last]
+    holders = {unit for unit in body if any(_within(u, unit) and u != unit for u in listed)}
     groups: dict[str, list[str]] = {}
     for unit in body:
-        opens = unit not in vectors and (not blocks or units.get(unit, False))
+        own = [
+            parameter
+            for name, parameter in trainable.items()
+            if (_layer(name) == unit if unit in holders else _within(name, unit))
+        ]
+        opens = any(p.ndim > 1 for p in own) and (not blocks or units.get(unit, False))
         if opens or not groups:
             groups[STEM if blocks and not opens else unit] = []
         groups[next(reversed(groups))].append(unit)
-    groups[HEAD] = [head]
+    if HEAD in groups:
+        raise ValueError(f"{kind} has a layer {HEAD!r} before its last; give patterns to regroup")
+    groups[HEAD] = [last]
     return {
-        name: "|".join(rf"{re.escape(unit)}(\.|$)" for unit in units)
+        name: "|".join(
+            rf"{re.escape(unit)}\.[^.]+$" if unit in holders else rf"{re.escape(unit)}(\.|$)"
+            for unit in units
+        )
         for name, units in groups.items()
     }
+
+
+def _layer(parameter: str) -> str:
+    """Name of the module that a parameter belongs to; its own where that is the model."""
+    plain, parametrised, _ = parameter.partition(".parametrizations.")
+    return plain if parametrised else parameter.rpartition(".")[0] or parameter
 
 
 def _within(name: str, unit: str) -> bool:

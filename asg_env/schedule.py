@@ -9,6 +9,7 @@ Example:
 """
 
 import json
+import math
 import os
 import re
 from bisect import bisect_right
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from asg_env.core.layer_groups import build_param_groups
 from asg_env.core.optimizers import LRFactor, MomentumForm
+from asg_env.files import replacing
 from asg_env.validation import Settings, validate
 
 if TYPE_CHECKING:
@@ -134,15 +136,9 @@ class LearnedSchedule(Settings):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule as JSON, a row of multipliers a line, to a temporary name first."""
-        path = Path(path)
         lines = [f'  "{key}": {_text(value)}' for key, value in self.model_dump().items()]
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(Path(path)) as temporary:
             temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LearnedSchedule":
@@ -214,18 +210,22 @@ class LearnedSchedule(Settings):
 
         return regroup(self, layer_groups, sources or {})
 
-    def by_depth(self, model: nn.Module) -> "LearnedSchedule":
+    def by_depth(self, model: nn.Module, head: str | None = None) -> "LearnedSchedule":
         """Return the schedule for a model of any depth: every block gets a layer group.
 
         See `asg_env.regrouping.depth_groups` for the groups. The head gets the multipliers of
         the schedule's last group, every other group those at its relative depth.
+
+        Args:
+            model: Any; print the `table` to see what went where.
+            head: Name of the module that is the head; the last layer if left out.
 
         Raises:
             ValueError: The model has no head that could be told from its body.
         """
         from asg_env.regrouping import by_depth
 
-        return by_depth(self, model)
+        return by_depth(self, model, head)
 
     def table(self, model: nn.Module) -> str:
         """Return what of the model goes where: a line for each layer group.
@@ -256,9 +256,11 @@ class LearnedSchedule(Settings):
             Parameter groups with `lr`, `initial_lr` and `name`, input to head.
 
         Raises:
-            ValueError: A trainable parameter matches no group or several, or a group matches
-                none.
+            ValueError: A trainable parameter matches no group or several, a group matches none, or
+                a number is out of range.
         """
+        if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"`weight_decay` must be a finite number >= 0, got {weight_decay}")
         groups = build_param_groups(
             model, self.layer_groups, self.base_lr if base_lr is None else base_lr
         )
@@ -312,7 +314,8 @@ class LearnedSchedule(Settings):
             base_lr: Rate at multiplier 1; the schedule's own if left out.
 
         Raises:
-            ValueError: `total_steps` is not a positive integer, or `base_lr` not a positive number.
+            ValueError: `total_steps` is not a positive integer, `base_lr` not a positive number, or
+                the rates were learned with another form of momentum than optax has.
             ImportError: JAX is not installed.
         """
         from asg_env.schedulers import optax_schedules

@@ -1,10 +1,13 @@
 """What drives an optimizer by a learned schedule: in PyTorch, and for optax."""
 
 import math
+import operator
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,12 +40,16 @@ class Course:
     """
 
     def __init__(self, schedule: LearnedSchedule, total_steps: int) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        try:
+            steps = 0 if isinstance(total_steps, bool) else operator.index(total_steps)
+        except TypeError:
+            steps = 0
+        if steps < 1:
             raise ValueError(
                 f"`total_steps` must be an integer >= 1, got {total_steps!r}; give the inner "
                 "steps of the whole training"
             )
-        self.schedule, self.total_steps = schedule, total_steps
+        self.schedule, self.total_steps = schedule, steps
         # Window starts in whole inner steps: exact, where comparing step / total_steps with a
         # rounded knot would not be.
         self.starts = tuple(round(knot * total_steps) for knot in schedule.knots)
@@ -70,6 +77,23 @@ class Course:
         step, learned = min(step, self.total_steps - 1), self.schedule.inner_steps
         return lr_factor(self.schedule.lr_factor, step * learned / self.total_steps, learned)
 
+    def rates(
+        self, step: int, base_lrs: Sequence[float | Tensor], owners: Sequence[int]
+    ) -> list[float]:
+        """Rate of each parameter group at an inner step, from its base rate and layer group."""
+        multipliers = self.multipliers(step)
+        factor = 1.0 if self.schedule.lr_factor == "constant" else self.factor(step)
+        return [
+            float(base_lr) * multipliers[owner] * factor
+            for base_lr, owner in zip(base_lrs, owners, strict=True)
+        ]
+
+    def digest(self) -> int:
+        """Number that tells this course from others."""
+        of = self.schedule
+        what = (self.total_steps, of.knots, of.multipliers, of.interpolation, of.lr_factor)
+        return zlib.crc32(repr(what).encode())
+
 
 class ScheduleLR(LRScheduler):
     """lr_g = initial_lr_g * multiplier_g(step / total_steps) * common factor.
@@ -79,24 +103,20 @@ class ScheduleLR(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, schedule: LearnedSchedule, total_steps: int) -> None:
         self._course, self._owners = prepare(optimizer, schedule, total_steps)
-        self._constant = schedule.lr_factor == "constant"
-        self.total_steps = total_steps
+        self.total_steps = self._course.total_steps
+        self.schedule_digest = self._course.digest()
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Any]:
         """Rates of the coming inner step, one per parameter group."""
-        multipliers = self._course.multipliers(self.last_epoch)
-        factor = 1.0 if self._constant else self._course.factor(self.last_epoch)
-        return [
-            float(base_lr) * multipliers[owner] * factor
-            for base_lr, owner in zip(self.base_lrs, self._owners, strict=True)
-        ]
+        return self._course.rates(self.last_epoch, self.base_lrs, self._owners)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers: where the schedule stands."""
         return {
             "last_epoch": self.last_epoch,
             "total_steps": self.total_steps,
+            "schedule_digest": self.schedule_digest,
             "base_lrs": [float(lr) for lr in self.base_lrs],
             "_step_count": self._step_count,
             "_last_lr": [float(lr) for lr in self.get_last_lr()],
@@ -106,10 +126,11 @@ class ScheduleLR(LRScheduler):
         """Go on from a `state_dict`, at its rates; the optimizer's own state is loaded separately.
 
         Before or after: making a scheduler sets the rates of its first step, here they are set
-        back to those of the step to come.
+        back to those of the step to come. Base rates are those of the state, as in PyTorch's own.
 
         Raises:
-            ValueError: The state is of another scheduler, or of a training of another length.
+            ValueError: The state is of another scheduler or schedule, or of a training of another
+                length.
         """
         mine = self.state_dict()
         if state_dict.keys() != mine.keys() or any(
@@ -123,6 +144,11 @@ class ScheduleLR(LRScheduler):
             raise ValueError(
                 f"`total_steps` must be {state_dict['total_steps']}, as when the state was saved, "
                 f"got {self.total_steps}; make the scheduler with that"
+            )
+        if state_dict["schedule_digest"] != self.schedule_digest:
+            raise ValueError(
+                "the state must be of the same schedule, got that of another; make the scheduler "
+                "from the file that it was saved with"
             )
         self.__dict__.update(state_dict)
         set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
@@ -142,7 +168,8 @@ def prepare(
     course = Course(schedule, total_steps)
     names: list[Any] = [group.get("name") for group in optimizer.param_groups]
     wanted = list(schedule.layer_groups)
-    if list(dict.fromkeys(names)) != wanted or _return(names):
+    owners, layers = runs_of(names)
+    if layers != wanted:
         raise ValueError(
             f"the optimizer's groups must be {wanted}, in this order, got {names}; build it on "
             "schedule.param_groups(model)"
@@ -160,13 +187,18 @@ def prepare(
         )
     if course.squeezed:
         warnings.warn(course.squeezed, stacklevel=4)
-    return course, [wanted.index(name) for name in names]
+    return course, owners
 
 
-def _return(names: list[Any]) -> bool:
-    """Whether a name comes back after another: only neighbours may share one."""
-    changes = [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    return len(changes) > len(set(changes))
+def runs_of(names: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """Number of each parameter group's layer group, and these: equal neighbours are one."""
+    owners: list[int] = []
+    layers: list[Any] = []
+    for name in names:
+        if not layers or layers[-1] != name:
+            layers.append(name)
+        owners.append(len(layers) - 1)
+    return owners, layers
 
 
 def check_optimizer(
@@ -217,6 +249,11 @@ def optax_schedules(
         raise ImportError("to_optax needs JAX; pip install jax optax") from None
     if not (math.isfinite(base_lr) and base_lr > 0):
         raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
+    if schedule.momentum_form != "pytorch":
+        raise ValueError(
+            f"the rates were learned with momentum_form '{schedule.momentum_form}', which optax "
+            "does not have; use a schedule of momentum_form 'pytorch'"
+        )
     course = Course(schedule, total_steps)
     if course.squeezed:
         warnings.warn(course.squeezed, stacklevel=3)

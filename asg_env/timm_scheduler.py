@@ -24,15 +24,26 @@ class TimmScheduleLR(Scheduler):
         super().__init__(optimizer, "lr", t_in_epochs=False)
         self.step_update(0)
 
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Set the rates of the step that comes after `num_updates` steps."""
+        self._done = num_updates
+        super().step_update(num_updates, metric)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers; how far the training is comes with `step_update`."""
-        return {"total_steps": self._course.total_steps, "base_values": list(self.base_values)}
+        """Return plain numbers: where the schedule stands."""
+        return {
+            "total_steps": self._course.total_steps,
+            "schedule_digest": self._course.digest(),
+            "base_values": list(self.base_values),
+            "num_updates": self._done,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the base rates of a `state_dict`.
+        """Go on from a `state_dict`, at its rates.
 
         Raises:
-            ValueError: It is of a training of another length, or of other parameter groups.
+            ValueError: It is of a training of another length, of another schedule, or of other
+                parameter groups.
         """
         total, base = state_dict.get("total_steps"), state_dict.get("base_values", ())
         if total != self._course.total_steps or len(base) != len(self._owners):
@@ -41,11 +52,13 @@ class TimmScheduleLR(Scheduler):
                 f"{len(self._owners)} parameter groups, got {total} and {len(base)}; make the "
                 "scheduler as when it was saved"
             )
+        if state_dict.get("schedule_digest") != self._course.digest():
+            raise ValueError(
+                "the state must be of the same schedule, got that of another; make the scheduler "
+                "from the file that it was saved with"
+            )
         self.base_values = list(base)
+        self.step_update(state_dict["num_updates"])
 
     def _get_lr(self, t: int) -> list[float]:
-        multipliers, factor = self._course.multipliers(t), self._course.factor(t)
-        return [
-            base * multipliers[owner] * factor
-            for base, owner in zip(self.base_values, self._owners, strict=True)
-        ]
+        return self._course.rates(t, self.base_values, self._owners)

@@ -39,6 +39,7 @@ from agents.train import load_policy
 from asg_env.build import prepare_variants, task_of
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed, numpy_generator
+from asg_env.instances import TEST_INSTANCES
 from asg_env.regrouping import regroup, sources_by_depth
 from asg_env.schedule import LearnedSchedule
 from asg_env.schedulers import Course
@@ -93,7 +94,7 @@ class Target:
         seen = ("observation", "action", "grid", "start_multiplier")
         self.suite = Suite.load(suite, {**changes, **{key: getattr(env, key) for key in seen}})
         self.settings: EnvSettings = self.suite.settings()
-        self.listed = self.suite.tests(min(count, tests or count))
+        self.listed = self.suite.tests(count if tests is None else min(count, tests))
         prepare_variants(self.suite.task, self.settings, print)
         self.layer_groups = tuple(task_of(self.suite.task, self.settings).layer_groups)
         self.steps = sum(self.settings.windows())
@@ -147,15 +148,21 @@ def measure(
         ConfigError: --out is damaged, or of other controllers; or these fit no other network.
     """
     experiment = run.experiment
-    head = {"run": experiment.digest(), "seeds": seeds, "tests": tests}
-    found: dict[str, Any] = {**head, "targets": {}}
+    # As JSON has them: tuples are lists there.
+    asked = {"seeds": seeds, "tests": tests, "targets": TARGETS, "factors": FACTORS}
+    head = {
+        "run": experiment.digest(),
+        **json.loads(json.dumps(asked)),
+        "tuned_on": TUNING_INSTANCES,
+    }
+    found: dict[str, Any] = {**head, "rows": {}}
     if out.exists():
-        found = read_json(out, ("targets",), "give another --out")
+        found = read_json(out, ("rows",), "give another --out")
         if {key: found.get(key) for key in head} != head:
             raise ConfigError(f"--out {out} is of other controllers or tests; give another")
     schedules = schedules_of(run, seeds, workers)
     for name in TARGETS:
-        rows = found["targets"].setdefault(name, {})
+        rows = found["rows"].setdefault(name, {})
         target = Target(name, run, tests)
         with RolloutPool(target.suite.task, target.settings, workers) as pool:
             work: list[tuple[str, int]] = [(rule, 0) for rule in RULES]
@@ -192,7 +199,7 @@ def differences(rows: Mapping[str, Any], name: str) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """Every target's rows as Markdown."""
     lines = []
-    for name, rows in found["targets"].items():
+    for name, rows in found["rows"].items():
         count = len(rows["uniform"]["scores"][0])
         lines += [
             f"\n**{name}** ({count} test instances)\n",
@@ -210,12 +217,12 @@ def table(found: Mapping[str, Any]) -> str:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draw what each row is above the best uniform rate, a panel for each target."""
-    targets = list(found["targets"])
+    targets = list(found["rows"])
     figure = Figure(figsize=(11, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, -(-len(targets) // 2), squeeze=False, sharey=True).T.flatten()
     for panel, name in zip(panels, targets, strict=False):
-        values = differences(found["targets"][name], name)
+        values = differences(found["rows"][name], name)
         shown = [row for row in values if row != "uniform"][::-1]
         for place, row in enumerate(shown):
             gain = values[row][1]
@@ -242,7 +249,14 @@ def main() -> None:
     torch.set_num_threads(1)  # bits change with the thread count
     try:
         run = RunFolder.open(arguments.run)
-        seeds = arguments.seeds or run.experiment.train.seeds
+        most = run.experiment.train.seeds
+        seeds = most if arguments.seeds is None else arguments.seeds
+        for name, value, bound in (
+            ("seeds", seeds, most),
+            ("tests", arguments.tests, TEST_INSTANCES),
+        ):
+            if value is not None and not 1 <= value <= bound:
+                raise ConfigError(f"--{name} must be from 1 to {bound}, got {value}; set it so")
         found = measure(run, seeds, arguments.tests, arguments.workers, arguments.out)
     except ConfigError as error:
         parser.error(str(error))

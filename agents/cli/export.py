@@ -94,7 +94,8 @@ def export_command(
     opened.experiment.check()  # its device may not be here
     interpolation = interpolation or "step"
     if kind == "python":  # now, not after the rollouts
-        check_python(interpolation, opened.experiment.env.lr_factor)
+        env = opened.experiment.env
+        check_python(interpolation, env.lr_factor, env.momentum_form)
     schedule = exported(
         opened,
         1.0 if scale is None else scale,
@@ -118,17 +119,16 @@ def _export_controller(
     check_training_seed(run, training_seed)
     controller = controller_of(run, training_seed, greedy)
     _writing(out, lambda: CONTROLLER_WRITERS[kind](controller, out))
-    console.print(_in_words(controller))
+    console.print(_in_words(controller, any_number=kind == "controller"))
     console.print(f"written: {out}")
 
 
-def _in_words(controller: Controller) -> str:
+def _in_words(controller: Controller, any_number: bool) -> str:
     record = controller.record
-    drives = (
-        "any number of layer groups"
-        if record.network.kind == "coordinate-wise"
-        else f"{len(record.layer_groups)} layer groups: {', '.join(record.layer_groups)}"
-    )
+    if any_number and record.network.kind == "coordinate-wise":
+        drives = "any number of layer groups"
+    else:
+        drives = f"{len(record.layer_groups)} layer groups: {', '.join(record.layer_groups)}"
     return (
         f"{record.network.kind} controller of {record.task}, instances {record.instances}, "
         f"{'greedy' if record.greedy else 'sampled'} actions, for {drives}; it observes "

@@ -21,7 +21,7 @@ def show_command(
     picture = out or schedule.with_suffix(".png")
     if picture.suffix != ".png":
         raise ConfigError(f"--out must end in .png, got {picture}; rename it")
-    if out is not None and picture.exists() and not overwrite:
+    if picture.exists() and not overwrite:
         raise ConfigError(f"{picture} exists; add --overwrite or choose another --out")
     console.print(_in_words(learned))
     console.print(heat_map(learned))

@@ -101,7 +101,15 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
     """Write one learning rate into each parameter group; nothing else here writes `lr`.
 
     A rate that is a tensor is written in place: a captured or compiled step reads that tensor.
+
+    Raises:
+        ValueError: There are more or fewer parameter groups than rates.
     """
+    if len(rates) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the optimizer must have {len(rates)} parameter groups, as when it was taken over, "
+            f"got {len(optimizer.param_groups)}; add groups before"
+        )
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)

@@ -25,7 +25,7 @@ from asg_env.schedule import LearnedSchedule
 SPLITS = {"pretrain": "teacher_train", "train": "train", "valid": "outer_valid", "test": "test"}
 BATCH = 32
 TUNING_SEED = 1000  # of the trainings that choose a rate; no seed of the comparison
-Train = Callable[[float, LearnedSchedule | None, int], tuple[float, float]]
+Train = Callable[[float, bool, int], tuple[float, float]]
 
 
 def write_folders(root: Path) -> None:
@@ -104,7 +104,7 @@ def arguments(description: str) -> argparse.Namespace:
     shipped = Path(__file__).with_name("schedule.json")
     parser.add_argument("--schedule", default=shipped, help="of asg export; the shipped one")
     parser.add_argument("--steps", type=int, default=150, help="inner steps of a training")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind")
     given = parser.parse_args()
     for name in ("steps", "seeds"):
         if getattr(given, name) < 2:
@@ -116,23 +116,26 @@ def arguments(description: str) -> argparse.Namespace:
     return given
 
 
-def compare(train: Train, schedule: LearnedSchedule, rates: tuple[float, ...], seeds: int) -> None:
+def compare(train: Train, rates: tuple[float, ...], seeds: int) -> None:
     """Train with one rate for all layers, and with the schedule, and print test accuracies.
 
-    Both get the base rate of `rates` that does best on `valid` in one training more.
+    Both have the same parameter groups, and the base rate of `rates` that does best on `valid` in
+    one training more.
 
     Args:
-        train: Base rate, schedule or None, seed -> accuracy on `valid` and on `test`.
-        schedule: For the network at hand.
-        rates: Candidates.
+        train: Base rate, whether by the schedule, seed -> accuracy on `valid` and on `test`.
+        rates: Candidates, ascending.
         seeds: Trainings of each.
     """
     found = {}
-    for name, used in (("one rate", None), ("schedule", schedule)):
-        tuning = {rate: train(rate, used, TUNING_SEED)[0] for rate in rates}
+    for name, scheduled in (("one rate", False), ("schedule", True)):
+        tuning = {rate: train(rate, scheduled, TUNING_SEED)[0] for rate in rates}
         best = max(tuning, key=lambda rate: tuning[rate])
-        found[name] = np.array([train(best, used, seed)[1] for seed in range(seeds)])
-        print(f"{name:9} base rate {best:g}: test accuracy {_interval(found[name])}", flush=True)
+        edge = ", at the edge of those tried" if best in (rates[0], rates[-1]) else ""
+        found[name] = np.array([train(best, scheduled, seed)[1] for seed in range(seeds)])
+        print(
+            f"{name:9} base rate {best:g}{edge}: test accuracy {_interval(found[name])}", flush=True
+        )
     print(f"schedule minus one rate: {_interval(found['schedule'] - found['one rate'])}")
 
 

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer on a vision transformer, with and without a learned schedule.
 
+pip install 'asg-env[elsewhere]'
 python docs/examples/digit_folders.py digits
 python docs/examples/hf_trainer.py digits
 """
@@ -16,8 +17,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-
-from asg_env.schedule import LearnedSchedule
 
 given = arguments(__doc__)
 data = {split: load(given.folder, split) for split in ("train", "valid", "test")}
@@ -53,7 +52,10 @@ def prepare(seed: int) -> ViTForImageClassification:
     return model
 
 
-def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[float, float]:
+schedule = given.schedule.by_depth(prepare(0))
+
+
+def train(rate: float, scheduled: bool, seed: int) -> tuple[float, float]:
     """Train once; return the accuracy on `valid` and on `test`."""
     model = prepare(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,12 +70,12 @@ def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[flo
             save_strategy="no",
             logging_strategy="no",
         )
-        if schedule is None:
-            optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-        else:
-            optimizer = torch.optim.AdamW(schedule.param_groups(model, rate, weight_decay=0.05))
+        groups = schedule.param_groups(model, base_lr=rate, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(groups)
+        if scheduled:
             scheduler = schedule.to_torch(optimizer, total_steps=given.steps)
+        else:
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         trainer = Trainer(
             model, settings, train_dataset=Images(), optimizers=(optimizer, scheduler)
         )
@@ -83,6 +85,5 @@ def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[flo
     return tuple(accuracy(lambda i: model(i).logits, data[s]) for s in ("valid", "test"))
 
 
-schedule = given.schedule.by_depth(prepare(0))
-print(schedule.table(prepare(0)))
-compare(train, schedule, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), given.seeds)
+print(schedule.table(prepare(0)), flush=True)
+compare(train, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), given.seeds)

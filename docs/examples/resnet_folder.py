@@ -10,8 +10,6 @@ from digit_folders import accuracy, arguments, batches, compare, load, pretraine
 from torch import nn
 from torchvision.models import resnet18
 
-from asg_env.schedule import LearnedSchedule
-
 given = arguments(__doc__)
 data = {split: load(given.folder, split) for split in ("train", "valid", "test")}
 classes = len(data["train"][1].unique())
@@ -34,16 +32,18 @@ def prepare(seed: int) -> nn.Module:
     return model.eval()  # batch norm keeps the statistics of pretraining
 
 
-def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[float, float]:
+schedule = given.schedule.by_depth(prepare(0))
+
+
+def train(rate: float, scheduled: bool, seed: int) -> tuple[float, float]:
     """Train once; return the accuracy on `valid` and on `test`."""
     model = prepare(seed)
-    if schedule is None:
-        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    else:
-        groups = schedule.param_groups(model, base_lr=rate)
-        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
+    groups = schedule.param_groups(model, base_lr=rate)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
+    if scheduled:
         scheduler = schedule.to_torch(optimizer, total_steps=given.steps)
+    else:
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     for images, labels in batches(data["train"], given.steps, seed):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -52,6 +52,5 @@ def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[flo
     return accuracy(model, data["valid"]), accuracy(model, data["test"])
 
 
-schedule = given.schedule.by_depth(prepare(0))
-print(schedule.table(prepare(0)))
-compare(train, schedule, (0.003, 0.01, 0.03, 0.1, 0.3), given.seeds)
+print(schedule.table(prepare(0)), flush=True)
+compare(train, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), given.seeds)

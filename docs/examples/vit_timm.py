@@ -1,5 +1,6 @@
 """A vision transformer of timm, with and without a learned schedule.
 
+pip install 'asg-env[timm]'
 python docs/examples/digit_folders.py digits
 python docs/examples/vit_timm.py digits
 """
@@ -9,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from digit_folders import accuracy, arguments, batches, compare, load, pretrained
 from torch import nn
-
-from asg_env.schedule import LearnedSchedule
 
 given = arguments(__doc__)
 data = {split: load(given.folder, split) for split in ("train", "valid", "test")}
@@ -35,24 +34,24 @@ def prepare(seed: int) -> nn.Module:
     return model
 
 
-def train(rate: float, schedule: LearnedSchedule | None, seed: int) -> tuple[float, float]:
+schedule = given.schedule.by_depth(prepare(0))
+
+
+def train(rate: float, scheduled: bool, seed: int) -> tuple[float, float]:
     """Train once; return the accuracy on `valid` and on `test`."""
     model = prepare(seed).train()
-    if schedule is None:
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    else:
-        optimizer = torch.optim.AdamW(schedule.param_groups(model, rate, weight_decay=0.05))
-        scheduler = schedule.to_timm(optimizer, total_steps=given.steps)
+    groups = schedule.param_groups(model, base_lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = schedule.to_timm(optimizer, total_steps=given.steps) if scheduled else None
     for step, (images, labels) in enumerate(batches(data["train"], given.steps, seed)):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        if schedule is not None:
+        if scheduler is not None:
             scheduler.step_update(step + 1)
     model.eval()
     return accuracy(model, data["valid"]), accuracy(model, data["test"])
 
 
-schedule = given.schedule.by_depth(prepare(0))
-print(schedule.table(prepare(0)))
-compare(train, schedule, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), given.seeds)
+print(schedule.table(prepare(0)), flush=True)
+compare(train, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), given.seeds)

@@ -73,7 +73,7 @@ def test_a_controller_that_cannot_be_written_leaves_nothing(controller, tmp_path
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agents.controller_file.os.replace", refuse)
+    monkeypatch.setattr("asg_env.files.os.replace", refuse)
     with pytest.raises(OSError, match="No space left"):
         controller.save(tmp_path / "controller.safetensors")
     assert not list(tmp_path.iterdir())

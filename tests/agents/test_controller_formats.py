@@ -114,7 +114,7 @@ def test_files_that_cannot_be_written_leave_nothing(controller, tmp_path, monkey
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agents.controller_formats.os.replace", refuse)
+    monkeypatch.setattr("asg_env.files.os.replace", refuse)
     with pytest.raises(OSError, match="No space left"):
         write(controller, tmp_path / "c.bin")
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from asg_env.core.layer_groups import split_parameters
 from asg_env.regrouping import depth_groups
 
 
@@ -107,8 +108,8 @@ def test_a_model_without_a_body_is_refused(model):
 
 def test_a_head_within_a_block_is_refused():
     model = nn.Sequential(Block(), Block())
-    with pytest.raises(ValueError, match=r"ends in 1, a block .* its last layer 1\.shortcut\.1"):
-        depth_groups(model)
+    with pytest.raises(ValueError, match=r"ends in 1, a block .* its head 1\.conv; give patterns"):
+        depth_groups(model, head="1.conv")
 
 
 def test_by_depth_gives_each_group_the_nearest_multipliers(five):
@@ -182,3 +183,64 @@ def test_table_says_what_goes_where(five):
     ]
     with pytest.raises(ValueError, match="match no layer group"):
         five.table(model)
+
+
+# Models of others: what a user brings
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "count", "second", "head"),
+    [
+        ("torchvision", "resnet18", 10, "layer1.0", r"fc(\.|$)"),
+        ("torchvision", "vgg16", 16, "features.2", r"classifier\.6(\.|$)"),
+        ("torchvision", "vit_b_16", 14, "encoder.layers.encoder_layer_0", r"heads\.head(\.|$)"),
+        ("torchvision", "densenet121", 9, "features.denseblock1", r"classifier(\.|$)"),
+        ("timm", "vit_tiny_patch16_224", 14, "blocks.0", r"head(\.|$)"),
+        ("timm", "vit_base_patch16_siglip_224", 14, "blocks.0", r"attn_pool\.mlp\.fc2(\.|$)"),
+        ("timm", "convnext_tiny", 6, "stages.0", r"head\.fc(\.|$)"),
+        ("timm", "poolformer_s12", 6, "stages.0", r"head\.fc(\.|$)"),
+        ("timm", "efficientnet_b0", 18, "blocks.0.0", r"classifier(\.|$)"),
+    ],
+)
+def test_depth_groups_cover_models_of_others(library, name, count, second, head):
+    if library == "timm":
+        make = pytest.importorskip("timm").create_model
+    else:
+        make = pytest.importorskip("torchvision.models").get_model
+    with torch.device("meta"):
+        model = make(name)
+    groups = depth_groups(model)
+    owned = split_parameters(model, groups)  # refuses what is left over or in two groups
+    assert sum(map(len, owned.values())) == len(list(model.parameters()))
+    assert (len(groups), list(groups)[1], groups["head"]) == (count, second, head)
+
+
+def test_the_head_may_be_named(five):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("deit_tiny_distilled_patch16_224")
+    mapped = five.by_depth(model, head="head")
+    assert mapped.layer_groups["head"] == r"head(\.|$)"
+    owned = split_parameters(model, mapped.layer_groups)
+    assert len(owned["head"]) == 2
+    with pytest.raises(ValueError, match="`head` must be a module of .* got 'fc'; name it"):
+        five.by_depth(model, head="fc")
+
+
+def test_a_model_that_ends_in_a_norm_is_told_to_name_its_head(five):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(2))
+    with pytest.raises(ValueError, match="`head` must be .* with a trainable matrix, got '2'"):
+        five.by_depth(model)
+    assert five.by_depth(model, head="1").layer_groups.keys() == {"0", "head"}
+
+
+def test_parametrised_layers_are_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.weight_norm(model[1])
+    assert [len(p) for p in split_parameters(model, depth_groups(model)).values()] == [2, 3]
+
+
+def test_a_layer_called_head_before_the_last_is_refused(five):
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "old_head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="has a layer 'head' before its last"):
+        five.by_depth(model)

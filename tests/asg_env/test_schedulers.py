@@ -354,7 +354,8 @@ def test_a_wrapped_optimizer_is_judged_by_what_it_wraps(make_schedule, make_netw
     [
         ({"total_steps": 9}, "`total_steps` must be 9, as when the state was saved, got 8"),
         ({"base_lrs": [0.1]}, "the state must hold .* for 2 parameter groups"),
-        ({"gamma": 0.1}, "the state must hold last_epoch, total_steps, base_lrs"),
+        ({"gamma": 0.1}, "the state must hold last_epoch, total_steps, schedule_digest, base_lrs"),
+        ({"schedule_digest": 1}, "must be of the same schedule, got that of another"),
     ],
 )
 def test_schedule_lr_refuses_the_state_of_another(make_schedule, make_network, changes, message):
@@ -385,8 +386,64 @@ def test_timm_scheduler_sets_the_same_rates(make_schedule, make_network):
     scheduler.load_state_dict(state)
     with pytest.raises(ValueError, match="must be of 20 inner steps and 2 parameter groups, got 9"):
         scheduler.load_state_dict({**state, "total_steps": 9})
+    with pytest.raises(ValueError, match="the same schedule, got that of another"):
+        scheduler.load_state_dict({**state, "schedule_digest": 1})
     with pytest.raises(ValueError, match="in this order, got"):
         learned.to_timm(torch.optim.SGD(make_network().parameters(), lr=0.1), 20)
+
+
+def test_timm_scheduler_resumes_at_the_rates_of_the_next_step(make_schedule, make_network):
+    pytest.importorskip("timm")
+    learned, model = make_schedule(interpolation="linear"), make_network()
+    first = sgd(model, learned)
+    scheduler = learned.to_timm(first, 20)
+    for step in range(12):
+        scheduler.step_update(step + 1)
+    expected = [group["lr"] for group in first.param_groups]
+    for optimizer_first in (True, False):
+        again = sgd(model, learned)
+        resumed = learned.to_timm(again, 20)
+        if optimizer_first:
+            again.load_state_dict(first.state_dict())
+        resumed.load_state_dict(scheduler.state_dict())
+        if not optimizer_first:
+            again.load_state_dict(first.state_dict())
+        assert [group["lr"] for group in again.param_groups] == expected
+
+
+@pytest.mark.parametrize("changes", [{"knots": (0.0, 0.2, 0.6)}, {"interpolation": "linear"}])
+def test_schedules_that_differ_have_states_that_differ(make_schedule, make_network, changes):
+    learned = make_schedule()
+    other = learned.with_changes(**changes)
+    state = learned.to_torch(sgd(make_network(), learned), 8).state_dict()
+    with pytest.raises(ValueError, match="the same schedule, got that of another"):
+        other.to_torch(sgd(make_network(), other), 8).load_state_dict(state)
+
+
+def test_groups_that_were_added_later_are_told(make_schedule, make_network):
+    learned = make_schedule()
+    optimizer = sgd(make_network(), learned)
+    scheduler = learned.to_torch(optimizer, 8)
+    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add"):
+        scheduler.load_state_dict(scheduler.state_dict())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_weight_decay_out_of_range_is_told(make_schedule, make_network, value):
+    with pytest.raises(ValueError, match="`weight_decay` must be a finite number >= 0, got"):
+        make_schedule().param_groups(make_network(), weight_decay=value)
+
+
+def test_whole_numbers_of_numpy_are_lengths(make_schedule, make_network):
+    learned = make_schedule()
+    assert learned.to_torch(sgd(make_network(), learned), np.int64(8)).total_steps == 8
+
+
+def test_optax_is_refused_another_form_of_momentum(make_schedule):
+    pytest.importorskip("jax")
+    with pytest.raises(ValueError, match="momentum_form 'scaled-velocity', which optax does not"):
+        make_schedule(momentum_form="scaled-velocity").to_optax(8)
 
 
 def test_optax_trains_as_torch_does(make_schedule, make_network):

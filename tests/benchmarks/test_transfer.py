@@ -48,10 +48,10 @@ def test_every_row_is_judged_once_and_compared_with_uniform(run, targets, monkey
     found = transfer.measure(run, 1, 3, 0, out)
     rows = [*transfer.RULES, transfer.LIVE, transfer.AS_IT_IS, transfer.SCALED]
     for name, count in (("here", 2), ("unknown", 3)):
-        assert list(found["targets"][name]) == rows
-        for done in found["targets"][name].values():
+        assert list(found["rows"][name]) == rows
+        for done in found["rows"][name].values():
             assert np.shape(done["scores"]) == (1, count)
-    assert found["targets"]["here"][transfer.SCALED]["setting"][0] in ("x 0.5", "x 2")
+    assert found["rows"]["here"][transfer.SCALED]["setting"][0] in ("x 0.5", "x 2")
     lines = transfer.table(found).splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 * (1 + len(rows))
     transfer.draw(found, tmp_path / "transfer.png")
@@ -70,10 +70,19 @@ def test_schedules_are_scaled_as_a_whole(run):
     assert doubled.knots == schedule.knots
 
 
-def test_a_run_that_is_none_gives_a_sentence(monkeypatch, capsys, tmp_path):
-    arguments = ["transfer", str(tmp_path), "--out", str(tmp_path / "transfer.json")]
-    monkeypatch.setattr("sys.argv", arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "is not a run folder"),
+        (["--seeds", "2"], "--seeds must be from 1 to 1, got 2; set it so"),
+        (["--tests", "0"], "--tests must be from 1 to 40, got 0; set it so"),
+    ],
+)
+def test_mistakes_give_a_sentence(run, monkeypatch, capsys, tmp_path, arguments, message):
+    folder = run.path if arguments else tmp_path
+    words = ["transfer", str(folder), "--out", str(tmp_path / "transfer.json"), *arguments]
+    monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as stop:
         transfer.main()
     assert stop.value.code == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

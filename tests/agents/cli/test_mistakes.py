@@ -382,7 +382,7 @@ def test_export_leaves_nothing_when_the_disk_refuses(fails, run, inline, tmp_pat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("asg_env.schedule.os.replace", full)
+    monkeypatch.setattr("asg_env.files.os.replace", full)
     message = fails("export", run, "--out", tmp_path / "schedule.json")
     assert "cannot be written (No space left on device)" in message
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
