@@ -13,6 +13,7 @@ Example:
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from agents.live import LivePolicy
 from asg_env.core.layer_groups import set_learning_rates
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.telemetry import Telemetry, WindowRecorder
-from asg_env.schedulers import check_optimizer, unwrapped
+from asg_env.schedulers import check_optimizer, runs_of, unwrapped
 
 Loss = float | Tensor
 
@@ -36,15 +37,20 @@ class L2OController:
 
     A group's rate is its own base rate, the `lr` that it came with, times the multiplier chosen,
     times the common warm-up and decay that the controller was trained with, stretched, if any.
-    The host waits for the device once a window.
+    The host waits for the device once a window. Seven copies of the weights are kept for what the
+    controller observes of them.
+
+    Steps are those of the optimizer: with accumulated gradients one report for all of its parts,
+    and a step that a `GradScaler` skips does not count. Where several processes train, each gets
+    the losses averaged over all, so that all decide alike.
 
     Args:
         optimizer: With a parameter group for each layer group, input to head; neighbours of the
             same `name` (with and without weight decay, say) are one layer group.
         controller: A file of `asg export`, a run folder, or what `read_controller` returned.
         total_steps: Inner steps of the whole training, all epochs; steps of the optimizer.
-        every: Inner steps between decisions; by default as many decisions are made as in the
-            trainings that the controller was trained on.
+        every: Inner steps between decisions; by default as many decisions as in the trainings that
+            the controller was trained on, or as there are steps.
         classes: Of the task; an observation of `normalised` losses needs it.
         inner_valid: Returns the cross-entropy on held-out images of the *training* domain [nats];
             the observations `extended` and `normalised` need it. Called once a window.
@@ -75,11 +81,13 @@ class L2OController:
         record = controller.record
         check_optimizer(optimizer, record.momentum_form)
         self._optimizer, self._record = unwrapped(optimizer), record
-        self._total = _positive("total_steps", total_steps)
-        usual = -(-total_steps // record.horizon)
-        self._every = _positive("every", usual if every is None else every)
+        self._total = _whole("total_steps", total_steps)
+        self._every = None if every is None else _whole("every", every, 1, self._total)
+        horizon = record.horizon
+        self._ends = {round(self._total * (i + 1) / horizon) for i in range(horizon)}
         self._owners, self.layer_groups = _layer_groups(self._optimizer)
-        self._greedy, self._seed = record.greedy if greedy is None else greedy, seed
+        self._greedy = record.greedy if greedy is None else greedy
+        self._seed = _whole("seed", seed, 0)
         self._terms, self._inner_valid = record.encoding.terms, inner_valid
         self._chance_loss = 0.0
         if record.encoding.observation == "normalised":
@@ -88,7 +96,7 @@ class L2OController:
                     "`classes` must be the number of classes, as the controller sees losses in "
                     "units of chance, got None; give it"
                 )
-            self._chance_loss = math.log(classes)
+            self._chance_loss = math.log(_whole("classes", classes, 2))
         policy = controller.policy(self.layer_groups)
         policy.seed(seed)
         self._live = LivePolicy(
@@ -98,16 +106,24 @@ class L2OController:
             (record.encoding.start_multiplier,) * len(self.layer_groups),
             self._greedy,
         )
-        if self._live.needs_inner_valid and inner_valid is None:
+        if self._live.needs_inner_valid and not callable(inner_valid):
             raise ValueError(
                 f"`inner_valid` must be a function that returns the loss on held-out training "
-                f"images, as the controller observes it ({record.encoding.observation}), got None; "
-                "give one"
+                f"images, as the controller observes it ({record.encoding.observation}), got "
+                f"{inner_valid!r}; give one"
             )
         self._parameters: list[list[Tensor]] = [[] for _ in self.layer_groups]
         for owner, group in zip(self._owners, self._optimizer.param_groups, strict=True):
             self._parameters[owner] += group["params"]
-        self._head = [p for p in self._parameters[-1] if p.ndim > 1][-1:]
+        half = {p.dtype for group in self._parameters for p in group if p.dtype.itemsize < 4}
+        if half:  # the square of a norm overflows in them
+            raise ValueError(
+                f"parameters must be float32 or float64, got {', '.join(map(str, half))}; keep "
+                "them so and train under autocast"
+            )
+        self._head = []
+        if record.encoding.observation == "asg":  # no other encoding reads the head's statistics
+            self._head = [p for p in self._parameters[-1] if p.ndim > 1][-1:]
         self._storages = self._pointers()
         self._recorder = WindowRecorder(self._parameters)
         self._base_lrs = [
@@ -116,6 +132,7 @@ class L2OController:
         ]
         self._records: list[Tensor] = []  # of the window so far
         self._step: int | None = None  # inner steps done; None before `begin`
+        self._unreported = 0  # steps of the optimizer since the last report
         self.diverged = False
         self._optimizer.register_step_pre_hook(self._before_step)
 
@@ -141,7 +158,7 @@ class L2OController:
             raise ValueError("the training has begun; call begin() once, before the first step")
         self._recorder.start_training()
         first = self._recorder.report_before_training(self._row(ce, kl, terms), self._terms)
-        self._step = 0
+        self._step = self._unreported = 0
         self._live.begin(first)
         self._decide(first)
 
@@ -152,16 +169,25 @@ class L2OController:
         rates stay.
 
         Raises:
-            ValueError: Terms are missing or unknown, `begin` was not called, or at the end of a
-                window the gradients are gone or parameters are no longer where they were.
+            ValueError: Terms are missing or unknown, `begin` was not called, the optimizer took
+                no step since the last report or several, or at the end of a window the gradients
+                are gone or parameters are no longer where they were.
         """
         if self._step is None:
             raise ValueError("the training has not begun; call begin() before the first step")
         if self._step >= self._total or self.diverged:
             return
+        taken, self._unreported = self._unreported, 0
+        if taken == 0 and self._skipped():
+            return
+        if taken != 1:
+            raise ValueError(
+                f"the optimizer must take one step between two reports, got {taken}; call "
+                "controller.step() after each optimizer.step(), before zero_grad()"
+            )
         self._records += self._row(ce, kl, terms)
         self._step += 1
-        if self._step % self._every and self._step < self._total:
+        if not self._ends_at(self._step):
             if self._record.lr_factor != "constant":
                 self._set_rates()
             return
@@ -216,13 +242,15 @@ class L2OController:
         live, recorder = self._live, self._recorder
         live.policy.load_generator_state(state_dict["generator"])  # type: ignore[attr-defined]
         self._step, self.diverged = state_dict["step"], state_dict["diverged"]
-        self._records = [record.clone() for record in state_dict["records"]]
+        self._unreported = 0
+        # A state may have been loaded to any device.
+        self._records = [r.detach().clone().to(recorder.initial) for r in state_dict["records"]]
         for name in ("initial", "marked", "started"):
             getattr(recorder, name).copy_(state_dict[name])
         if self._step is not None:
             live.multipliers = tuple(state_dict["multipliers"])
             live.previous_ce = state_dict["previous_ce"]
-            live.state = state_dict["policy"].numpy().copy()
+            live.state = state_dict["policy"].cpu().numpy().copy()
             self._set_rates()
 
     def _identity(self) -> dict[str, Any]:
@@ -239,10 +267,20 @@ class L2OController:
 
     def _before_step(self, *_: Any) -> None:
         """Note where the window's last gradient was taken, before the optimizer uses it."""
+        self._unreported += 1
         if self._step is not None and self._step < self._total and not self.diverged:
-            following = self._step + 1
-            if not following % self._every or following == self._total:
+            if self._ends_at(self._step + 1):
                 self._recorder.mark()
+
+    def _ends_at(self, step: int) -> bool:
+        """Whether a window ends when so many inner steps are done."""
+        last = step in self._ends if self._every is None else step % self._every == 0
+        return last or step == self._total
+
+    def _skipped(self) -> bool:
+        """Whether a gradient is not finite: why a `GradScaler` takes no step."""
+        gradients = [p.grad for group in self._parameters for p in group if p.grad is not None]
+        return any(not bool(gradient.isfinite().all()) for gradient in gradients)
 
     def _decide(self, report: Telemetry) -> None:
         assert self._step is not None
@@ -272,11 +310,10 @@ class L2OController:
         std, mean = like.new_zeros(2)
         if self._head:
             std, mean = torch.std_mean(self._head[0].detach())
-        values = (ce, kl, ce, mean, std, *(terms[name] for name in self._terms))
-        return [
-            torch.as_tensor(value, dtype=like.dtype, device=like.device).detach().clone()
-            for value in values
-        ]
+        named = {"ce": ce, "kl": kl, **terms}
+        values = {name: _scalar(name, value, like) for name, value in named.items()}
+        loss = values["ce"]
+        return [loss, values["kl"], loss, mean, std, *(values[name] for name in self._terms)]
 
     def _pointers(self) -> list[int]:
         return [parameter.data_ptr() for group in self._parameters for parameter in group]
@@ -285,12 +322,7 @@ class L2OController:
 def _layer_groups(optimizer: Optimizer) -> tuple[list[int], tuple[str, ...]]:
     """Index of each parameter group's layer group, and their names."""
     names = [str(g.get("name", i)) for i, g in enumerate(optimizer.param_groups)]
-    owners: list[int] = []
-    layers: list[str] = []
-    for name in names:
-        if not layers or layers[-1] != name:
-            layers.append(name)
-        owners.append(len(layers) - 1)
+    owners, layers = runs_of(names)
     if len(set(layers)) < len(layers):
         raise ValueError(
             f"parameter groups of one layer group must be neighbours, got {names}; put them so"
@@ -298,7 +330,22 @@ def _layer_groups(optimizer: Optimizer) -> tuple[list[int], tuple[str, ...]]:
     return owners, tuple(layers)
 
 
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}; set it so")
-    return value
+def _scalar(name: str, value: Loss, like: Tensor) -> Tensor:
+    """A loss of its own memory, which the loop may use again; a number without a wait for it."""
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)
+    if value.numel() != 1:
+        raise ValueError(f"`{name}` must be one number, got shape {tuple(value.shape)}; average it")
+    return value.detach().reshape(()).clone().to(like)
+
+
+def _whole(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+    """Return an integer within its bounds."""
+    bounds = f">= {low}" if high is None else f"from {low} to {high}"
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or whole < low or (high is not None and whole > high):
+        raise ValueError(f"`{name}` must be an integer {bounds}, got {value!r}; set it so")
+    return whole

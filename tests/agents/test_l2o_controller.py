@@ -1,7 +1,6 @@
 """The live controller in a plain PyTorch loop, against the environment that it was trained in."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,20 +204,14 @@ def test_a_per_feature_controller_drives_its_own_number_of_groups(make_settings,
         small(controller, torch.optim.SGD(groups_of(layers(7))))
 
 
-def test_decisions_are_as_many_as_in_training_unless_said_otherwise(normalised):
+def test_decisions_come_every_so_many_steps_where_that_is_said(normalised):
     model = layers(2)
     optimizer = torch.optim.SGD(groups_of(model))
-    seen = []
-    for every, expected in ((None, [0, 3, 6, 9]), (4, [0, 4, 8])):
-        controller = small(normalised, optimizer, total=10, every=every)
-        controller.begin(ce=1.0, kl=0.0)
-        decide, seen = controller._live.decide, [0.0]
-        controller._live.decide = lambda report, progress, *rest, decide=decide, seen=seen: (
-            seen.append(progress),
-            decide(report, progress, *rest),
-        )
-        train(model, optimizer, controller, 12)  # two beyond the end
-        np.testing.assert_allclose(seen, np.array(expected) / 10)
+    controller = small(normalised, optimizer, total=10, every=4)
+    reports = Reports(controller)
+    controller.begin(ce=1.0, kl=0.0)
+    train(model, optimizer, controller, 12)
+    np.testing.assert_allclose([progress for progress, _ in reports.seen], [0, 0.4, 0.8])
 
 
 def test_groups_that_were_split_by_decay_are_one_layer_group(normalised):
@@ -253,12 +246,25 @@ def test_a_diverged_training_is_no_error(normalised):
     assert controller.multipliers == before
 
 
+class Reports:
+    """Keeps what a controller decides on: progress, and the report of the window."""
+
+    def __init__(self, controller) -> None:
+        self.seen, self._decide = [], controller._live.decide
+        controller._live.decide = self
+
+    def __call__(self, report, progress, *rest):
+        self.seen.append((progress, report))
+        return self._decide(report, progress, *rest)
+
+
 def test_losses_may_be_overwritten_by_the_loop(normalised):
     found = []
     for fresh in (True, False):
         model, reused = layers(2), torch.zeros(())
         optimizer = torch.optim.SGD(groups_of(model))
         controller = small(normalised, optimizer)
+        reports = Reports(controller)
         controller.begin(ce=1.0, kl=0.0)
         for step in range(4):
             loss = model(torch.full((1, 3), float(step))).square().mean()
@@ -268,8 +274,88 @@ def test_losses_may_be_overwritten_by_the_loop(normalised):
             reused.copy_(loss.detach())
             controller.step(ce=loss.item() if fresh else reused, kl=0.0)
             reused.fill_(99.0)
-        found.append(controller.multipliers)
+        found.append([report.ce for _, report in reports.seen])
+    assert len(found[0]) > 2
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("total", "starts"),
+    [
+        (10, [0, 2, 5, 8]),  # as a schedule's windows
+        (16, [0, 4, 8, 12]),
+        (3, [0, 1, 2]),  # fewer steps than decisions
+    ],
+)
+def test_decisions_are_as_many_as_in_training(normalised, total, starts):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer, total=total)
+    reports = Reports(controller)
+    controller.begin(ce=1.0, kl=0.0)
+    train(model, optimizer, controller, total + 2)  # two beyond the end
+    np.testing.assert_allclose([progress for progress, _ in reports.seen], np.array(starts) / total)
+
+
+def test_a_step_that_a_grad_scaler_skips_does_not_count(normalised):
+    found = []
+    for skipped in (False, True):
+        model = layers(2)
+        optimizer = torch.optim.SGD(groups_of(model))
+        controller = small(normalised, optimizer, total=8, every=2)
+        reports = Reports(controller)
+        controller.begin(ce=1.0, kl=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        inputs = torch.randn(9, 4, 3, generator=torch.Generator().manual_seed(0))
+        for step in (0, 1, 2, "overflow", 3) if skipped else range(4):
+            optimizer.zero_grad()
+            if step == "overflow":
+                loss = model(inputs[8]).square().mean() * math.inf
+            else:
+                loss = model(inputs[step]).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            controller.step(ce=loss, kl=0.0)
+        assert not controller.diverged
+        found.append(([r for _, r in reports.seen[1:]], controller.multipliers))
     assert found[0] == found[1]
+
+
+def test_a_report_that_does_not_follow_one_step_is_told(normalised):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer)
+    controller.begin(ce=1.0, kl=0.0)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="one step between two reports, got 0; call controller"):
+        controller.step(ce=1.0, kl=0.0)
+    optimizer.step()
+    optimizer.step()
+    with pytest.raises(ValueError, match="one step between two reports, got 2"):
+        controller.step(ce=1.0, kl=0.0)
+
+
+def test_losses_of_one_entry_are_numbers_and_larger_ones_are_told(normalised):
+    controller = small(normalised, torch.optim.SGD(groups_of(layers(2))))
+    with pytest.raises(ValueError, match=r"`kl` must be one number, got shape \(2,\); average it"):
+        controller.begin(ce=1.0, kl=torch.zeros(2))
+    controller.begin(ce=torch.ones(1), kl=0.0)
+
+
+def test_weights_of_half_precision_are_told(normalised):
+    model = layers(2).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="must be float32 or float64, got torch.bfloat16; keep"):
+        small(normalised, torch.optim.SGD(groups_of(model)))
+
+
+def test_groups_that_are_added_later_are_told(normalised):
+    model = layers(3)
+    optimizer = torch.optim.SGD(groups_of(model)[:2])
+    controller = small(normalised, optimizer)
+    optimizer.add_param_group(groups_of(model)[2])
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add groups"):
+        controller.begin(ce=1.0, kl=0.0)
 
 
 def test_misuse_is_told(normalised, make_settings):
@@ -283,6 +369,7 @@ def test_misuse_is_told(normalised, make_settings):
     controller.begin(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match="has begun; call begin"):
         controller.begin(ce=1.0, kl=0.0)
+    optimizer.step()  # there is no gradient
     with pytest.raises(ValueError, match="gradients are gone; call controller.step"):
         controller.step(ce=1.0, kl=0.0)
     moved = small(normalised, optimizer, total=2, every=1)
@@ -296,8 +383,13 @@ def test_misuse_is_told(normalised, make_settings):
     ("settings", "message"),
     [
         ({"total": 0}, "`total_steps` must be an integer >= 1, got 0"),
-        ({"every": 0}, "`every` must be an integer >= 1, got 0"),
+        ({"every": 0}, "`every` must be an integer from 1 to 6, got 0"),
+        ({"every": 7}, "`every` must be an integer from 1 to 6, got 7"),
+        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
         ({"classes": None}, "`classes` must be the number of classes"),
+        ({"classes": 1}, "`classes` must be an integer >= 2, got 1"),
+        ({"classes": math.nan}, "`classes` must be an integer >= 2, got nan"),
+        ({"inner_valid": 1.3}, r"`inner_valid` must be a function .*, got 1.3; give one"),
         ({"inner_valid": None}, r"`inner_valid` must be a function .*\(normalised\), got None"),
     ],
 )
@@ -353,4 +445,3 @@ def test_the_record_says_how_it_acts_unless_told_otherwise(normalised):
     optimizer = torch.optim.SGD(groups_of(layers(2)))
     states = [small(drawn, optimizer, **s).state_dict() for s in ({}, {"greedy": True})]
     assert [state["greedy"] for state in states] == [False, True]
-    assert replace(drawn).record == drawn.record
