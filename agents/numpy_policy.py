@@ -103,6 +103,12 @@ class _Coordinatewise:
         return seen @ self._head + self._bias, after.reshape(2, -1)
 
 
+NETWORKS: dict[str, type[_PerFeature] | type[_Coordinatewise]] = {
+    "per-feature": _PerFeature,
+    "coordinate-wise": _Coordinatewise,
+}
+
+
 def split_labels(
     labels: Sequence[str], layer_groups: Sequence[str]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -142,8 +148,7 @@ class NumpyPolicy:
 
     def __init__(self, weights: Weights, network: Mapping[str, Any]) -> None:
         shared, own = np.array(network["shared"], int), np.array(network["per_group"], int)
-        kind = _PerFeature if network["kind"] == "per-feature" else _Coordinatewise
-        self._network = kind(weights, shared, own)
+        self._network = NETWORKS[network["kind"]](weights, shared, own)
         self._memoryless = bool(network["memoryless"])
         self.width = shared.size + own.size
 
@@ -170,25 +175,34 @@ class NumpyPolicy:
             raise ValueError(
                 f"{path} cannot be read as a controller ({error}); give a file of asg export"
             ) from None
-        found = record.get("format"), record.get("version")
+        found: tuple[Any, Any] = (None, None)
+        if isinstance(record, dict):
+            found = record.get("format"), record.get("version")
         if found != (CONTROLLER_FORMAT, CONTROLLER_VERSION):
             raise ValueError(
                 f"{path} must be of format {CONTROLLER_FORMAT}, version {CONTROLLER_VERSION}, got "
-                f"{found[0]}, {found[1]}; give a file of asg export, read by the asg-env that "
-                "wrote it"
+                f"{found}; give a file of asg export, read by the asg-env that wrote it"
             )
-        learned, labels = record["layer_groups"], record["labels"]
-        groups = list(learned if layer_groups is None else layer_groups)
-        if record["network"]["kind"] == "per-feature" and len(groups) != len(learned):
+        try:
+            learned, labels, network = record["layer_groups"], record["labels"], record["network"]
+            groups = list(learned if layer_groups is None else layer_groups)
+            if network["kind"] == "per-feature" and len(groups) != len(learned):
+                raise ValueError(
+                    f"`layer_groups` must be {len(learned)}, as in the controller's training, got "
+                    f"{len(groups)}; a coordinate-wise controller takes any number"
+                )
+            labels = [label for label in labels if "/" not in label] + [
+                f"{quantity}/{group}" for quantity in _quantities(labels) for group in groups
+            ]
+            shared, per_group = split_labels(labels, groups)
+            policy = cls(weights, {**network, "shared": shared, "per_group": per_group})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); export it again") from None
+        broken = [name for name, array in weights.items() if not np.isfinite(array).all()]
+        if broken:
             raise ValueError(
-                f"`layer_groups` must be {len(learned)}, as in the controller's training, got "
-                f"{len(groups)}; a coordinate-wise controller takes any number"
+                f"{path} is damaged: {', '.join(broken)} must be finite; export it again"
             )
-        labels = [label for label in labels if "/" not in label] + [
-            f"{quantity}/{group}" for quantity in _quantities(labels) for group in groups
-        ]
-        shared, per_group = split_labels(labels, groups)
-        policy = cls(weights, {**record["network"], "shared": shared, "per_group": per_group})
         policy.record, policy.labels = record, tuple(labels)
         return policy
 

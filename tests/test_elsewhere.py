@@ -1,10 +1,13 @@
 """Schedules within the training loops of other packages."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from agents.l2o_controller import L2OController
 from asg_env.schedule import LearnedSchedule
 
 STEPS = 12  # three epochs of four batches
@@ -94,7 +97,9 @@ def test_lightning_trains_as_a_plain_loop_and_resumes(learned, data, tmp_path, c
 
     model, rates = expected(learned, data)
     module = Module()
-    trainer(3).fit(module, DataLoader(data, batch_size=8))
+    whole = trainer(3)
+    whole.fit(module, DataLoader(data, batch_size=8))
+    assert whole.estimated_stepping_batches == STEPS  # what a module may ask for
     assert module.rates == rates
     assert_same_weights(module.model, model)
 
@@ -105,6 +110,60 @@ def test_lightning_trains_as_a_plain_loop_and_resumes(learned, data, tmp_path, c
     trainer(3).fit(second, DataLoader(data, batch_size=8), ckpt_path=tmp_path / "half.ckpt")
     assert first.rates + second.rates == rates
     assert_same_weights(second.model, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_reports_to_a_live_controller(learned, data, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    controller = Path(__file__).parents[1] / "docs" / "examples" / "controller.safetensors"
+
+    def take_over(optimizer):
+        live = L2OController(optimizer, controller, STEPS, classes=3, inner_valid=lambda: 1.0)
+        live.begin(ce=1.0, kl=0.0)
+        return live
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.rates = network(), []
+
+        def training_step(self, batch, _):
+            self.rates.append([g["lr"] for g in self.optimizers().param_groups])
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(learned.param_groups(self.model), momentum=0.9)
+            self.controller = take_over(optimizer)
+            return optimizer
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.controller.step(ce=outputs["loss"], kl=0.0)
+
+    module = Module()
+    lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(module, DataLoader(data, batch_size=8))
+
+    model, rates = network(), []
+    optimizer = torch.optim.SGD(learned.param_groups(model), momentum=0.9)
+    live = take_over(optimizer)
+    for _ in range(3):
+        for inputs, labels in DataLoader(data, batch_size=8):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            loss = nn.functional.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            live.step(ce=loss, kl=0.0)
+    assert module.rates == rates
+    assert len(set(map(tuple, rates))) > 1
+    assert_same_weights(module.model, model)
 
 
 class WithLoss(nn.Module):

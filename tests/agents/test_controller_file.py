@@ -33,7 +33,7 @@ def rewrite(path, change, weights=None):
     record = json.loads(controller.record.model_dump_json())
     change(record)
     metadata = {"controller": json.dumps(record)}
-    save_file(controller.weights if weights is None else weights, str(path), metadata=metadata)
+    save_file(weights or controller.weights, str(path), metadata=metadata)
 
 
 def test_a_file_holds_the_controller(controller, path):
@@ -166,5 +166,38 @@ def test_the_numpy_runtime_tells_what_does_not_fit(make_settings, controller_for
     with pytest.raises(ValueError, match="`layer_groups` must be 5, .* got 2; a coordinate-wise"):
         NumpyPolicy.load(tmp_path / "p.safetensors", ["a", "b"])
     rewrite(path, lambda record: record.update(version=2))
-    with pytest.raises(ValueError, match="version 1, got asg-env-controller, 2"):
+    with pytest.raises(ValueError, match=r"version 1, got \('asg-env-controller', 2\)"):
         NumpyPolicy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda record: record.pop("labels"),
+            r"is damaged \(KeyError\('labels'\)\); export it again",
+        ),
+        (lambda record: record["network"].update(kind="transformer"), "is damaged .*'transformer'"),
+        (lambda record: record.update(network=3), "is damaged"),
+    ],
+)
+def test_the_numpy_runtime_tells_what_is_damaged(path, change, message):
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        NumpyPolicy.load(path)
+
+
+def test_the_numpy_runtime_tells_weights_that_cannot_be_used(controller, path):
+    rewrite(path, lambda record: None, {n: t * torch.nan for n, t in controller.weights.items()})
+    with pytest.raises(ValueError, match="is damaged: .* must be finite; export it again"):
+        NumpyPolicy.load(path)
+    controller.save(path)
+    rewrite(path, lambda record: None, {"rnn.weight_hh_l0": controller.weights["rnn.weight_hh_l0"]})
+    with pytest.raises(ValueError, match="is damaged .*KeyError"):
+        NumpyPolicy.load(path)
+
+
+def test_a_coordinate_wise_network_without_memory_is_refused(path):
+    rewrite(path, lambda record: record["network"].update(memoryless=True))
+    with pytest.raises(ConfigError, match="`memoryless` must be false for a coordinate-wise"):
+        read_controller(path)
