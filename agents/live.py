@@ -36,6 +36,7 @@ class LivePolicy:
     ) -> None:
         self.policy, self._observation, self._action = policy, observation, action
         self._start, self._deterministic = start, deterministic
+        self.multipliers = start
         self.needs_inner_valid = observation.needs_inner_valid
 
     def begin(self, initial: Telemetry) -> None:

@@ -38,8 +38,8 @@ def heat_map(schedule: LearnedSchedule) -> Text:
         text.append(f"{name:>{width}} ")
         for bright in _brightness(row):
             _cell(text, bright)
-        text.append(f" {row[0]:.3g} to {row[-1]:.3g}\n")
-    text.append(f"{'':>{width}} start{'end':>{COLUMNS - 5}}\n{'':>{width}} ")
+        text.append(f" {row[0]:.3g}, {row.max():.3g}, {row[-1]:.3g}\n")
+    text.append(f"{'':>{width}} start{'end':>{COLUMNS - 5}} start, peak, end\n{'':>{width}} ")
     for power in np.arange(-3, 0.1, 0.5):
         _cell(text, float(_brightness(np.array(10.0**power))))
         text.append(f" {10.0**power:.2g}  ")

@@ -184,7 +184,7 @@ def table(schedule: LearnedSchedule, model: nn.Module) -> str:
     """See `LearnedSchedule.table`."""
     owned = split_parameters(model, schedule.layer_groups)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rows = [("layer group", "multipliers of", "weights", "multipliers", "parameters")]
+    rows = [("layer group", "multipliers of", "weights", "start, peak, end", "parameters")]
     for column, (group, parameters) in enumerate(owned.items()):
         values = [row[column] for row in schedule.multipliers]
         tensors = [names[id(parameter)] for parameter in parameters]
@@ -194,7 +194,7 @@ def table(schedule: LearnedSchedule, model: nn.Module) -> str:
                 group,
                 schedule.sources.get(group, group),
                 f"{sum(p.numel() for p in parameters):,}",
-                f"{values[0]:.2g} to {values[-1]:.2g}",
+                f"{values[0]:.2g}, {max(values):.2g}, {values[-1]:.2g}",
                 tensors[0] + more,
             )
         )

@@ -52,7 +52,9 @@ def _increasing(knots: tuple[float, ...]) -> tuple[float, ...]:
 
 
 # JSON has lists: these become tuples, while their numbers stay as strict as all others.
-NotNegative = Annotated[float, Field(ge=0)]
+# Upper bounds: the product of both is a float32.
+LARGEST_MULTIPLIER, LARGEST_BASE_LR = 1e6, 1e30
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST_MULTIPLIER)]
 Rows = Annotated[
     tuple[Annotated[tuple[NotNegative, ...], Strict(False)], ...],
     Strict(False),
@@ -66,6 +68,12 @@ Patterns = Annotated[
 ]
 
 
+def _complete(schema: dict[str, Any]) -> None:
+    """Say which JSON Schema this is, and that files must name format and version."""
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["required"].extend(("format", "version"))
+
+
 class LearnedSchedule(Settings):
     """Multipliers of each layer group over the progress of a training.
 
@@ -75,7 +83,7 @@ class LearnedSchedule(Settings):
 
     model_config = ConfigDict(
         use_attribute_docstrings=True,
-        json_schema_extra=lambda schema: schema["required"].extend(("format", "version")),
+        json_schema_extra=_complete,
     )
 
     format: Literal["asg-env-schedule"] = FORMAT
@@ -97,7 +105,7 @@ class LearnedSchedule(Settings):
     """Dimensionless, >= 0; (T, G)."""
     spread: Rows
     """Standard deviation of the multipliers over all rollouts; (T, G)."""
-    base_lr: Annotated[float, Field(gt=0)]
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)]
     """Base rate that the multipliers were learned with."""
     optimizer: str
     """Inner optimizer that they were learned with, such as `sgd`."""
@@ -152,16 +160,16 @@ class LearnedSchedule(Settings):
         except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no JSON text"
             raise ValueError(
-                f"{path} cannot be read as a schedule ({reason}); give a file of asg export"
+                f"{path} cannot be read as a schedule ({reason}); give a .json of asg export"
             ) from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(
                 f"{path} is not a schedule: its `format` must be '{FORMAT}'; give a file of asg "
                 "export"
             )
-        if record.get("version") != VERSION:
+        if repr(record.get("version")) != repr(VERSION):  # true and 1.0 are no versions
             raise ValueError(
-                f"{path} has schedule version {record.get('version')}, this asg-env reads "
+                f"{path} has schedule version {record.get('version')!r}, this asg-env reads "
                 f"{VERSION}; use the asg-env that wrote it"
             )
         try:
@@ -249,8 +257,8 @@ class LearnedSchedule(Settings):
             model: Parameters with `requires_grad=False` are passed over.
             base_lr: Rate at multiplier 1; the schedule's own if left out.
             weight_decay: If given, a layer group becomes up to two parameter groups of the same
-                name: its matrices and kernels with this weight decay, its biases and norms with
-                none.
+                name: its matrices and kernels with this weight decay, its biases and norms, and
+                what timm's `model.no_weight_decay()` lists, with none.
 
         Returns:
             Parameter groups with `lr`, `initial_lr` and `name`, input to head.
@@ -264,7 +272,11 @@ class LearnedSchedule(Settings):
         groups = build_param_groups(
             model, self.layer_groups, self.base_lr if base_lr is None else base_lr
         )
-        return groups if weight_decay is None else _split_by_decay(groups, weight_decay)
+        if weight_decay is None:
+            return groups
+        listed: set[str] = getattr(model, "no_weight_decay", set)()
+        spared = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name in listed}
+        return _split_by_decay(groups, weight_decay, spared)
 
     def to_torch(self, optimizer: Optimizer, total_steps: int) -> "ScheduleLR":
         """Return a scheduler that drives `optimizer`; call its `.step()` every inner step.
@@ -334,11 +346,13 @@ def _log_linear(before: float, after: float, share: float) -> float:
     return power
 
 
-def _split_by_decay(groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+def _split_by_decay(
+    groups: list[dict[str, Any]], weight_decay: float, spared: set[int]
+) -> list[dict[str, Any]]:
     split = []
     for group in groups:
-        for decay, matrices in ((weight_decay, True), (0.0, False)):
-            chosen = [p for p in group["params"] if (p.ndim > 1) == matrices]
+        for decay, decays in ((weight_decay, True), (0.0, False)):
+            chosen = [p for p in group["params"] if (id(p) not in spared) == decays]
             if chosen:
                 split.append({**group, "params": chosen, "weight_decay": decay})
     return split

@@ -166,6 +166,9 @@ def prepare(
         ValueError: See `LearnedSchedule.to_torch`.
     """
     course = Course(schedule, total_steps)
+    rows = schedule.multipliers
+    alike = schedule.interpolation == "step" and all(len({m for m in row if m}) < 2 for row in rows)
+    check_optimizer(optimizer, schedule.momentum_form, uniform=alike)
     names: list[Any] = [group.get("name") for group in optimizer.param_groups]
     wanted = list(schedule.layer_groups)
     owners, layers = runs_of(names)
@@ -174,9 +177,6 @@ def prepare(
             f"the optimizer's groups must be {wanted}, in this order, got {names}; build it on "
             "schedule.param_groups(model)"
         )
-    rows = schedule.multipliers
-    alike = schedule.interpolation == "step" and all(len({m for m in row if m}) < 2 for row in rows)
-    check_optimizer(optimizer, schedule.momentum_form, uniform=alike)
     name = type(unwrapped(optimizer)).__name__
     base_lrs = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups}
     if CLASSES.get(name) != schedule.optimizer and schedule.base_lr in base_lrs:

@@ -87,6 +87,11 @@ def fit_command(
         start = {**learned.settings, "base_lr": learned.base_lr}
         validate(settings_class(task), start, "schedule.settings")
     elif controller is not None:
+        if controller.is_file():
+            raise ConfigError(
+                f"--controller must be a run folder, got the file {controller}; give the run that "
+                "it was exported from, or use it with L2OController"
+            )
         run = RunFolder.open(controller)
         if run.experiment.task != task:
             raise ConfigError(f"{controller} was trained on {run.experiment.task}, got {task}")
@@ -113,8 +118,8 @@ def fit_command(
     # Items, not dicts: in another order, multipliers would go to the wrong groups.
     if schedule is not None and [*learned.layer_groups.items()] != [*trainer.patterns.items()]:
         raise ConfigError(
-            f"{schedule} is for the groups {list(learned.layer_groups)}, {task} has "
-            f"{list(trainer.layer_groups)}; export one on this task"
+            f"{schedule} is for the groups {dict(learned.layer_groups)}, {task} has "
+            f"{dict(trainer.patterns)}; export one on this task, or mend the patterns"
         )
     if schedule is not None:
         scheduled = _scheduled(learned, sum(windows))

@@ -11,6 +11,8 @@ from torch import nn
 # parameter's name (`re.match`).
 GroupPatterns = Mapping[str, str]
 
+SHOWN = 5  # names in a message, at most
+
 
 def split_parameters(model: nn.Module, patterns: GroupPatterns) -> dict[str, list[nn.Parameter]]:
     """Assign every trainable parameter of `model` to exactly one layer group.
@@ -42,12 +44,11 @@ def split_parameters(model: nn.Module, patterns: GroupPatterns) -> dict[str, lis
     if unmatched:
         raise ValueError(
             f"trainable parameters match no layer group of {list(patterns)}: "
-            f"{', '.join(unmatched)}; add a pattern or freeze them"
+            f"{_few(unmatched)}; add a pattern or freeze them"
         )
     if ambiguous:
         raise ValueError(
-            f"parameters match several layer groups: {', '.join(ambiguous)}; "
-            "make the patterns disjoint"
+            f"parameters match several layer groups: {_few(ambiguous)}; make the patterns disjoint"
         )
     empty = [name for name, parameters in groups.items() if not parameters]
     if empty:
@@ -56,6 +57,11 @@ def split_parameters(model: nn.Module, patterns: GroupPatterns) -> dict[str, lis
             "use the groups of this model"
         )
     return groups
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def build_param_groups(

@@ -362,6 +362,7 @@ def test_misuse_is_told(normalised, make_settings):
     model = layers(2)
     optimizer = torch.optim.SGD(groups_of(model))
     controller = small(normalised, optimizer, total=2, every=1)
+    assert controller.multipliers == {"0": 0.01, "1": 0.01}  # where it starts from
     with pytest.raises(ValueError, match="has not begun; call begin"):
         controller.step(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match=r"terms beside ce and kl must be \[\].*got \['ewc'\]"):

@@ -39,9 +39,9 @@ def shown(text, **settings) -> str:
 def test_heat_map_without_colour_says_it_by_the_density_of_letters(learned):
     lines = shown(heat_map(learned), color_system=None).splitlines()
     half = COLUMNS // 2
-    assert lines[0] == f"conv {'@' * half}{' ' * half} 1 to 0.001"
+    assert lines[0] == f"conv {'@' * half}{' ' * half} 1, 1, 0.001"
     assert lines[1].startswith(f"head {' ' * half}")
-    assert lines[1].endswith(" 0 to 0.1")
+    assert lines[1].endswith(" 0, 0.1, 0.1")
     assert len(set(lines[1][5 + half : 5 + COLUMNS])) == 1
     assert [float(number) for number in re.findall(r"[\d.]*\d", lines[3])] == pytest.approx(
         [0.001, 0.0032, 0.01, 0.032, 0.1, 0.32, 1]

@@ -179,7 +179,7 @@ def test_table_says_what_goes_where(five):
         *("layer", "stem", "body.stages.0.0", "body.stages.0.1", "body.stages.1.0", "head")
     ]
     assert lines[1].split() == [
-        *("stem", "conv1", "116", "0.1", "to", "0", "token", "...", "conv.bias", "(3)")
+        *("stem", "conv1", "116", "0.1,", "0.1,", "0", "token", "...", "conv.bias", "(3)")
     ]
     with pytest.raises(ValueError, match="match no layer group"):
         five.table(model)

@@ -100,6 +100,9 @@ def write(tmp_path, make_schedule):
     [
         ({"version": 2}, "has schedule version 2, this asg-env reads 1; use the asg-env that"),
         ({"version": ...}, "has schedule version None"),
+        ({"version": True}, "has schedule version True, this asg-env reads 1"),
+        ({"base_lr": 1e308}, r"`schedule.base_lr` must be .*1e\+30, got 1e\+308"),
+        ({"multipliers": [[1e30, 0.1]] * 3}, r"must be <= 1000000.0, got 1e\+30"),
         ({"format": "else"}, "is not a schedule: its `format` must be 'asg-env-schedule'"),
         ({"format": ...}, "is not a schedule"),
         ({"knots": ...}, "`schedule.knots` is missing; add it"),

@@ -250,6 +250,16 @@ def test_schedule_lr_drives_groups_that_were_split_by_decay(make_schedule, make_
         assert row == [body, body, head, head]
 
 
+def test_what_timm_spares_of_decay_is_spared(make_schedule):
+    vit = pytest.importorskip("timm").create_model(
+        "vit_tiny_patch16_224", num_classes=2, embed_dim=12, depth=3, num_heads=2
+    )
+    names = {id(p): name for name, p in vit.named_parameters()}
+    groups = make_schedule().by_depth(vit).param_groups(vit, weight_decay=0.05)
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {n for n, p in vit.named_parameters() if p.ndim > 1} - vit.no_weight_decay()
+
+
 def test_schedule_lr_refuses_a_group_that_comes_back(make_schedule, make_network):
     learned = make_schedule()
     body, head = learned.param_groups(make_network())

@@ -103,5 +103,5 @@ def test_set_learning_rates_writes_one_rate_per_group(model):
 def test_set_learning_rates_refuses_a_wrong_number_of_rates(model):
     optimizer = torch.optim.SGD(build_param_groups(model, PATTERNS, 0.2))
 
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add"):
         set_learning_rates(optimizer, [0.1, 0.1])
