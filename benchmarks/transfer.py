@@ -192,7 +192,8 @@ def differences(rows: Mapping[str, Any], name: str) -> dict[str, Any]:
     for row, done in rows.items():
         scores, stream = np.array(done["scores"]), numpy_generator(0, "transfer", name, row)
         gain = iqm_difference(scores, uniform, stream)
-        values[row] = (aggregate_iqm(scores, stream), gain, ", ".join(done["setting"]))
+        settings = done["setting"] if len(set(done["setting"])) > 1 else done["setting"][:1]
+        values[row] = (aggregate_iqm(scores, stream), gain, ", ".join(settings))
     return values
 
 
@@ -220,7 +221,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     targets = list(found["rows"])
     figure = Figure(figsize=(11, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, -(-len(targets) // 2), squeeze=False, sharey=True).T.flatten()
+    panels = figure.subplots(
+        2, -(-len(targets) // 2), squeeze=False, sharex=True, sharey=True
+    ).T.flatten()
     for panel, name in zip(panels, targets, strict=False):
         values = differences(found["rows"][name], name)
         shown = [row for row in values if row != "uniform"][::-1]

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer on a vision transformer, with and without a learned schedule.
 
-pip install 'asg-env[elsewhere]'
+pip install -e '.[elsewhere]'
 python docs/examples/digit_folders.py digits
 python docs/examples/hf_trainer.py digits
 """
@@ -86,4 +86,4 @@ def train(rate: float, scheduled: bool, seed: int) -> tuple[float, float]:
 
 
 print(schedule.table(prepare(0)), flush=True)
-compare(train, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), given.seeds)
+compare(train, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3), given.seeds)
