@@ -65,7 +65,8 @@ def benchmark_command(
     benchmark = load_benchmark(name, settings or ())
     trials = benchmark.trials()
     if dry_run:
-        _say_what_there_is(benchmark, trials, workers)
+        left = [t for t in trials if not (resume and is_done(benchmark, t, out))]
+        _say_what_there_is(benchmark, left, workers)
         return
     _check_folder(out, resume, overwrite)
     if executor == "ray":

@@ -455,6 +455,15 @@ def test_dry_run_names_every_trial_and_writes_nothing(asg, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_of_a_resumed_benchmark_names_what_is_missing(done, asg):
+    path, out = done
+    (out / "scale" / "cosine" / "seed-0" / "test-still.json").unlink()
+    result = asg("benchmark", path, "--out", out, "--resume", "--dry-run")
+    assert result.status == 0
+    assert result.out.splitlines()[0] == "cosine on scale"
+    assert "\n1 trials, about 12 episodes; at " in result.out
+
+
 def test_ray_that_is_not_installed_is_named_with_its_command(done, fails, monkeypatch):
     path, out = done
     (out / "scale" / "cosine" / "seed-0" / "test-still.json").unlink()
