@@ -1,6 +1,5 @@
 """What agents that learn from whole episodes share: rollouts, batches, metrics, checkpoints."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from agents.recurrent_policy import RecurrentPolicy
 from agents.rollout import Episode, RolloutPool
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed, numpy_generator
+from asg_env.files import replacing
 from asg_env.instances import Instance, InstanceSet, draw_instance
 from asg_env.validation import ConfigError
 
@@ -255,9 +255,8 @@ class EpisodicLearner:
 
     def save(self, path: Path, update: int) -> None:
         """Write network, optimizer and the number of finished updates as safetensors."""
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(self._algorithm.state(), str(temporary), metadata={"updates": str(update + 1)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(self._algorithm.state(), temporary, {"updates": str(update + 1)})
 
     def load(self, path: Path) -> int:
         """Read a checkpoint; return the number of finished updates.

@@ -36,6 +36,7 @@ from asg_env.build import build_trainer
 from asg_env.config import EnvSettings
 from asg_env.core.seeding import derive_seed
 from asg_env.core.trainer import Trainer
+from asg_env.files import replacing
 from asg_env.instances import Instance
 from asg_env.observations import NEED_INNER_VALID
 from asg_env.schedule import LearnedSchedule
@@ -242,10 +243,9 @@ def _finite(value: Any) -> Any:
 
 def _save_fit(out: Path, trainer: Any, record: dict[str, Any]) -> None:
     try:
-        temporary = out / "model.safetensors.tmp"
         weights = trainer.weights()  # channels-last tensors are stored in plain order
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
-        temporary.replace(out / "model.safetensors")
+        with replacing(out / "model.safetensors") as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
         write_text(out / "fit.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(

@@ -7,7 +7,6 @@ NumPy arrays without pickles.
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from agents.sb3.algorithms import Statistics, frozen_normaliser
+from asg_env.files import replacing
 from asg_env.validation import ConfigError
 
 # Entries of ours; SB3 passes over them.
@@ -54,15 +54,14 @@ def write(
     path: Path, model: BaseAlgorithm, statistics: Statistics, progress: dict[str, Any]
 ) -> None:
     """Write a checkpoint with the replay buffer, under a temporary name that is then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    model.save(temporary)
-    add_entries(temporary, statistics, progress)
-    buffer = _buffer_of(model)
-    if buffer is not None:
-        arrays = {name: getattr(buffer, name)[: buffer.size()] for name in BUFFER_ARRAYS}
-        with zipfile.ZipFile(temporary, "a") as archive:
-            archive.writestr(BUFFER, _packed({**arrays, "pos": np.array(buffer.pos)}))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        model.save(temporary)
+        add_entries(temporary, statistics, progress)
+        buffer = _buffer_of(model)
+        if buffer is not None:
+            arrays = {name: getattr(buffer, name)[: buffer.size()] for name in BUFFER_ARRAYS}
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.writestr(BUFFER, _packed({**arrays, "pos": np.array(buffer.pos)}))
 
 
 def add_entries(path: Path, statistics: Statistics, progress: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ rendering two.
 
 import hashlib
 import os
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -21,6 +20,7 @@ import platformdirs
 from PIL import Image, ImageDraw, ImageFont
 
 from asg_env.core.seeding import numpy_generator
+from asg_env.files import replacing
 from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName, old_classes
 
 IMAGE_SIZE = 16  # pixels; calibrated, see docs/environment.md
@@ -110,9 +110,8 @@ def cache_folder() -> Path:
 def _store(path: Path, arrays: Arrays) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(file.name, path)
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     except OSError:
         return  # no place to keep it: the images are made again next time
 

@@ -8,8 +8,6 @@ other classes and widths are trained when first asked for, and kept in the cache
 """
 
 import json
-import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from asg_env.core.data import DataOrder, Split
 from asg_env.core.objectives import task_loss
 from asg_env.core.optimizee import Optimizee
 from asg_env.core.seeding import derive_seed, torch_generator
+from asg_env.files import replacing
 from asg_env.tasks import SUMMARIES
 from asg_env.tasks.digit_images import IMAGE_SIZE, cache_folder, digest, load_images
 from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName
@@ -99,9 +98,8 @@ def cached_teacher(classes: tuple[int, ...], width: float) -> dict[str, torch.Te
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(save(tensors))
-        os.replace(file.name, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors))
     except OSError:
         pass  # no place to keep it: it is trained again next time
     return tensors
@@ -186,28 +184,24 @@ def main() -> None:
     arrays = load_images()
     model, accuracy = train_teacher(arrays)
     path = teacher_path()
-    temporary = path.with_suffix(".tmp")
-    save_file(
-        model.state_dict(),
-        str(temporary),
-        metadata={
-            "command": "python -m asg_env.tasks.digits",
-            "data_digest": digest(arrays),
-            "old_task_accuracy": f"{accuracy:.4f}",
-            "torch": torch.__version__,
-            "settings": json.dumps(
-                {
-                    "image_size": IMAGE_SIZE,
-                    "widths": WIDTHS,
-                    "steps": TEACHER_STEPS,
-                    "batch": TEACHER_BATCH,
-                    "lr": TEACHER_LR,
-                    "seed": TEACHER_SEED,
-                }
-            ),
-        },
-    )
-    os.replace(temporary, path)
+    metadata = {
+        "command": "python -m asg_env.tasks.digits",
+        "data_digest": digest(arrays),
+        "old_task_accuracy": f"{accuracy:.4f}",
+        "torch": torch.__version__,
+        "settings": json.dumps(
+            {
+                "image_size": IMAGE_SIZE,
+                "widths": WIDTHS,
+                "steps": TEACHER_STEPS,
+                "batch": TEACHER_BATCH,
+                "lr": TEACHER_LR,
+                "seed": TEACHER_SEED,
+            }
+        ),
+    }
+    with replacing(path) as temporary:
+        save_file(model.state_dict(), temporary, metadata)
     print(f"{path}: accuracy on held-out 0-4 {accuracy:.4f}, data {digest(arrays)[:12]}")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from asg_env.files import replacing
 from asg_env.tasks.listing import DataError, Listing
 from asg_env.tasks.store import (
     MANIFEST,
@@ -160,9 +161,8 @@ def _write(
     for file in files.values():  # a manifest promises that the bytes are there
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -4,19 +4,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from asg_env.config import EnvSettings
-from asg_env.core.data import DataOrder
 from asg_env.core.optimizers import ScaledVelocitySGD, lr_factor
-from asg_env.core.seeding import torch_generator
-from asg_env.env import LayerwiseLREnv
-from asg_env.instances import Instance
 from asg_env.schedule import LearnedSchedule
-from asg_env.tasks import load_task
-
-TASK = "ASG/Digits-v0"
 
 
 def sgd(model: nn.Module, learned: LearnedSchedule, base_lr: float | None = None):
@@ -375,7 +366,36 @@ def test_schedule_lr_refuses_the_state_of_another(make_schedule, make_network, c
         scheduler.load_state_dict({**scheduler.state_dict(), **changes})
 
 
-# timm and optax
+@pytest.mark.parametrize("changes", [{"knots": (0.0, 0.2, 0.6)}, {"interpolation": "linear"}])
+def test_schedules_that_differ_have_states_that_differ(make_schedule, make_network, changes):
+    learned = make_schedule()
+    other = learned.with_changes(**changes)
+    state = learned.to_torch(sgd(make_network(), learned), 8).state_dict()
+    with pytest.raises(ValueError, match="the same schedule, got that of another"):
+        other.to_torch(sgd(make_network(), other), 8).load_state_dict(state)
+
+
+def test_groups_that_were_added_later_are_told(make_schedule, make_network):
+    learned = make_schedule()
+    optimizer = sgd(make_network(), learned)
+    scheduler = learned.to_torch(optimizer, 8)
+    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add"):
+        scheduler.load_state_dict(scheduler.state_dict())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_weight_decay_out_of_range_is_told(make_schedule, make_network, value):
+    with pytest.raises(ValueError, match="`weight_decay` must be a finite number >= 0, got"):
+        make_schedule().param_groups(make_network(), weight_decay=value)
+
+
+def test_whole_numbers_of_numpy_are_lengths(make_schedule, make_network):
+    learned = make_schedule()
+    assert learned.to_torch(sgd(make_network(), learned), np.int64(8)).total_steps == 8
+
+
+# timm
 
 
 def test_timm_scheduler_sets_the_same_rates(make_schedule, make_network):
@@ -419,138 +439,3 @@ def test_timm_scheduler_resumes_at_the_rates_of_the_next_step(make_schedule, mak
         if not optimizer_first:
             again.load_state_dict(first.state_dict())
         assert [group["lr"] for group in again.param_groups] == expected
-
-
-@pytest.mark.parametrize("changes", [{"knots": (0.0, 0.2, 0.6)}, {"interpolation": "linear"}])
-def test_schedules_that_differ_have_states_that_differ(make_schedule, make_network, changes):
-    learned = make_schedule()
-    other = learned.with_changes(**changes)
-    state = learned.to_torch(sgd(make_network(), learned), 8).state_dict()
-    with pytest.raises(ValueError, match="the same schedule, got that of another"):
-        other.to_torch(sgd(make_network(), other), 8).load_state_dict(state)
-
-
-def test_groups_that_were_added_later_are_told(make_schedule, make_network):
-    learned = make_schedule()
-    optimizer = sgd(make_network(), learned)
-    scheduler = learned.to_torch(optimizer, 8)
-    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
-    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add"):
-        scheduler.load_state_dict(scheduler.state_dict())
-
-
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_weight_decay_out_of_range_is_told(make_schedule, make_network, value):
-    with pytest.raises(ValueError, match="`weight_decay` must be a finite number >= 0, got"):
-        make_schedule().param_groups(make_network(), weight_decay=value)
-
-
-def test_whole_numbers_of_numpy_are_lengths(make_schedule, make_network):
-    learned = make_schedule()
-    assert learned.to_torch(sgd(make_network(), learned), np.int64(8)).total_steps == 8
-
-
-def test_optax_is_refused_another_form_of_momentum(make_schedule):
-    pytest.importorskip("jax")
-    with pytest.raises(ValueError, match="momentum_form 'scaled-velocity', which optax does not"):
-        make_schedule(momentum_form="scaled-velocity").to_optax(8)
-
-
-def test_optax_trains_as_torch_does(make_schedule, make_network):
-    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
-    learned, model = make_schedule(lr_factor="warmup-poly", inner_steps=4), make_network()
-    optimizer = sgd(model, learned, base_lr=0.01)
-    scheduler = learned.to_torch(optimizer, 8)
-    start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    labels = {name: "body" if name.startswith("0") else "head" for name in start}
-    rates = learned.to_optax(8, base_lr=0.01)
-    assert list(rates) == ["body", "head"]
-    transform = optax.multi_transform(
-        {name: optax.sgd(rate, momentum=0.0) for name, rate in rates.items()}, labels
-    )
-    params, state = start, transform.init(start)
-    for group in optimizer.param_groups:  # torch scales its momentum buffer by today's rate
-        group["momentum"] = 0.0
-    for step in range(10):  # two beyond the end
-        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(inputs).square().sum().backward()
-        gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
-        optimizer.step()
-        scheduler.step()
-        updates, state = jax.jit(transform.update)(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-    for name, parameter in model.named_parameters():
-        np.testing.assert_allclose(params[name], parameter.detach().numpy(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="`base_lr` must be a finite number > 0, got 0"):
-        learned.to_optax(8, base_lr=0)
-
-
-# The environment's training, in a plain loop
-
-
-def replay(settings: EnvSettings, learned: LearnedSchedule, instance: Instance) -> nn.Module:
-    """What a user writes: torch and the schedule; the data order and the head are theirs."""
-    task = load_task(TASK)
-    model, train = task.optimizee, task.splits["train"]
-    images = (train.images.float() - train.mean) / train.std
-    with torch.no_grad():  # the teacher, in the batches in which the environment asks it
-        teacher = torch.cat([model(images[i : i + 512])[1] for i in range(0, len(images), 512)])
-        teacher = torch.log_softmax(teacher, dim=1)
-    model.initialise_head(torch_generator(instance.head_seed, "head"))
-    total = sum(settings.windows())
-    order = DataOrder(len(train), settings.batch_size, instance.data_seed, torch.device("cpu"))
-
-    form = torch.optim.SGD if settings.momentum_form == "pytorch" else ScaledVelocitySGD
-    optimizer = form(learned.param_groups(model), momentum=0.9, weight_decay=5e-4)
-    scheduler = learned.to_torch(optimizer, total_steps=total)
-    for step in range(total):
-        index = order.indices(step)
-        logits, old_logits = model(images[index])
-        kl = F.kl_div(
-            torch.log_softmax(old_logits, dim=1),
-            teacher[index],
-            log_target=True,
-            reduction="batchmean",
-        )
-        loss = F.cross_entropy(logits, train.labels[index]) + 0.1 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    return model
-
-
-@pytest.mark.parametrize("factor", ["constant", "warmup-poly"])
-@pytest.mark.parametrize("form", ["pytorch", "scaled-velocity"])
-def test_schedule_replays_the_environments_training_bit_for_bit(form, factor, make_schedule):
-    settings = EnvSettings(
-        horizon=4, inner_steps=3, outer_valid_size=50, momentum_form=form, lr_factor=factor
-    )
-    instance = Instance(TASK, head_seed=1, data_seed=2)
-    multipliers = np.random.default_rng(3).random((4, 5)).tolist()
-    multipliers[1][0] = 0.0  # where the two forms of momentum part
-    env = LayerwiseLREnv(TASK, settings)
-    env.reset(options={"instance": instance})
-    for row in multipliers:
-        env.step_multipliers(row)
-    learned = make_schedule(
-        layer_groups=dict(env.trainer.patterns),
-        knots=(0.0, 3 / 12, 6 / 12, 9 / 12),
-        multipliers=tuple(map(tuple, multipliers)),
-        spread=((0.0,) * 5,) * 4,
-        base_lr=settings.base_lr,
-        momentum_form=form,
-        lr_factor=factor,
-        inner_steps=12,
-    )
-    model = replay(settings, learned, instance)
-    expected = env.trainer.optimizee.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    # The control: other multipliers in the last window give other weights.
-    last = tuple(2 * m for m in learned.multipliers[-1])
-    other = replay(
-        settings, learned.with_changes(multipliers=(*learned.multipliers[:-1], last)), instance
-    )
-    assert not torch.equal(other.head_weight(), model.head_weight())
