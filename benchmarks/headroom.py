@@ -8,13 +8,17 @@ told what no controller is told: it says what finding it out could gain. One tha
 optimizer searches for each alone, with half of the budget. The two rows *near it* go on from the
 first row's vector, so they cost a search more: `near it` moves its groups by up to two levels,
 `near it, in thirds` does so in each third of the training apart. Their difference is what changing
-rates over time is worth to such a search.
+rates over time is worth to such a search. `by update ratio` is told nothing and reads what an
+agent may read: it searches for the update-to-weight ratio that each group is to have, and a
+feedback rule moves the multipliers there. Its difference from static rates is what the simplest
+adaptive controller gains.
 
 A search is kept in --out when it is done, and not repeated by the same command.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +61,19 @@ class Row:
         optimizer: It knows the optimizer, and searches for each alone.
         near: It moves the vector of the first row.
         phases: Equal parts of the training that have rates of their own.
+        ratios: It searches for update ratios in the place of multipliers.
     """
 
     scale: bool = False
     optimizer: bool = False
     near: bool = False
     phases: int = 1
+    ratios: bool = False
 
 
 STATIC = "static"
 NEAR = 2  # levels
+RATIOS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # update over weight, of a window; as the grid
 ROWS = {
     STATIC: Row(),
     "knows the scale": Row(scale=True),
@@ -74,6 +81,7 @@ ROWS = {
     "knows both": Row(scale=True, optimizer=True),
     "near it": Row(near=True),
     "near it, in thirds": Row(near=True, phases=3),
+    "by update ratio": Row(ratios=True),
 }
 
 
@@ -100,9 +108,46 @@ class Told:
         return self._now[min(int(progress * len(self._now)), len(self._now) - 1)]
 
 
+@dataclass
+class Following:
+    """Moves every group's multiplier until a window's update has a given share of the weights.
+
+    At most one level of the grid a window, as an agent with relative actions; it stays where the
+    ratio is within a factor of 1.8 of the one wanted.
+
+    Attributes:
+        vectors: Under "", in one part: the ratio of each group; 0 freezes it.
+        grid: Levels of the multipliers.
+        start: Where they begin, a level.
+    """
+
+    vectors: Mapping[str, Vectors]
+    grid: Sequence[float]
+    start: float
+
+    def begin(self, instance: Instance, trainer: Trainer) -> None:
+        """Start where an agent does."""
+        (self._wanted,) = self.vectors[""]
+        self._levels = [self.grid.index(self.start)] * len(self._wanted)
+
+    def multipliers(self, progress: float, telemetry: Telemetry | None) -> Sequence[float]:
+        """Move by what the last window's update was."""
+        ratios = telemetry.update_ratios if telemetry else ()
+        for group, ratio in enumerate(ratios):
+            level = self._levels[group] + self._move(self._wanted[group], ratio)
+            self._levels[group] = max(0, min(level, len(self.grid) - 1))
+        return [self.grid[level] for level in self._levels]
+
+    @staticmethod
+    def _move(wanted: float, ratio: float) -> int:
+        if not wanted or not ratio:
+            return 1 if wanted else -1
+        return max(-1, min(round(2 * math.log10(wanted / ratio)), 1))  # a level: half a decade
+
+
 def search(
     name: str, suite: Suite, pool: RolloutPool, episodes: int, seed: int, start: Vectors
-) -> Told:
+) -> Told | Following:
     """Find the best candidate of a row on train instances.
 
     Args:
@@ -133,17 +178,24 @@ def search(
             levels = np.clip(levels, 0, len(grid) - 1)
         else:
             levels = generator.integers(len(grid), size=(row.phases, groups))
-        vector = [[grid[i] for i in part] for part in levels.tolist()]
+        meaning = RATIOS if row.ratios else grid
+        vector = [[meaning[i] for i in part] for part in levels.tolist()]
         vectors[str(vector)] = vector
+
+    def controller(found: Mapping[str, Vectors]) -> Told | Following:
+        if row.ratios:
+            return Following(found, grid, settings.start_multiplier)
+        return Told(found, row.scale)
+
     found = {}
     for optimizer in told:
         part = [i for i in listed if not optimizer or i.optimizer == optimizer]
         candidates: dict[str, Controller] = {
-            key: Told({"": vector}, row.scale) for key, vector in vectors.items()
+            key: controller({"": vector}) for key, vector in vectors.items()
         }
         best, _ = successive_halving(Scorer(pool, part), candidates, rungs)
         found[optimizer] = vectors[best]
-    return Told(found, row.scale)
+    return controller(found)
 
 
 def run(

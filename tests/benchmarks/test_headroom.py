@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from agents.rollout import RolloutPool
 from asg_env.instances import Instance
 from asg_env.validation import ConfigError
 from benchmarks import headroom
-from benchmarks.headroom import STATIC, Told
+from benchmarks.headroom import STATIC, Following, Told
 
 TASK = "ASG/Digits-v0"
 TINY = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50, "instances": "unknown-scale"}
@@ -39,18 +41,38 @@ def test_every_row_is_searched_once_and_compared_with_the_first(suite, monkeypat
     out = tmp_path / "headroom.json"
     found = headroom.run(suite, 12, seeds=1, tests=2, workers=0, out=out)
     rows = found["rows"]
-    assert list(rows) == [STATIC, "knows the scale", "near it", "near it, in thirds"]
+    assert list(rows) == [
+        STATIC,
+        "knows the scale",
+        "near it",
+        "near it, in thirds",
+        "by update ratio",
+    ]
     for done in rows.values():
         assert np.shape(done["0"]["scores"]) == (2,)
     assert np.shape(rows["near it, in thirds"]["0"]["vectors"][""]) == (3, 5)
     lines = headroom.table(found).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 5
     assert lines[2].startswith(f"| {STATIC} | ")
     assert lines[2].endswith(" |  |")
     monkeypatch.setattr(headroom, "search", lambda *_: pytest.fail("it searched again"))
     assert headroom.run(suite, 12, seeds=1, tests=2, workers=0, out=out) == found
     with pytest.raises(ConfigError, match="another suite, version or budget; give another"):
         headroom.run(suite, 24, seeds=1, tests=2, workers=0, out=out)
+
+
+def test_multipliers_follow_the_update_ratio_a_level_a_window():
+    grid = (0.0, 0.01, 0.1, 1.0)
+    following = Following({"": [[0.0, 0.1, 0.1, 0.1, 0.1]]}, grid, start=0.1)
+    following.begin(Instance(TASK, 0, 0), None)
+    assert following.multipliers(0.0, None) == [0.1] * 5
+
+    def after(*ratios):
+        return following.multipliers(0.5, SimpleNamespace(update_ratios=ratios))
+
+    assert after(0.1, 0.001, 0.06, 0.17, 2.0) == [0.01, 1.0, 0.1, 0.1, 0.01]
+    assert after(0.1, 0.001, 0.1, 0.1, 2.0) == [0.0, 1.0, 0.1, 0.1, 0.0]
+    assert after(0.0, 0.1, 0.1, 0.1, 0.0) == [0.0, 1.0, 0.1, 0.1, 0.01]
 
 
 def test_neighbours_are_at_most_two_levels_away(suite, monkeypatch):
