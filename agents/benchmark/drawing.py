@@ -7,6 +7,8 @@ dashes and markers too. The caller writes files: `agents.figures.save_figure`, o
 kept as text under `matplotlib.rc_context({"svg.fonttype": "none"})`.
 """
 
+import itertools
+import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,7 @@ HIGHLIGHT = "#d9580d"  # learned agents
 RIVALS = ("#2f7fd6", "#0f9d7a", "#bf5599")  # apart with any one kind of colour blindness
 INK = "#7a7a7a"  # text, axes
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")  # agents', then five of rivals: 15 differ with RIVALS
 CELLS = "viridis"  # of the transfer matrix; its cells are opaque
 
 WIDTH = 4.8  # inches
@@ -93,12 +95,18 @@ def draw_profiles(
     Raises:
         ValueError: There is no agent.
     """
-    figure, axes = _new_figure(len(bands), 3.3)
-    _curves(figure, axes, bands, learned, steps=True)
-    axes.set_xlabel("threshold τ")
-    axes.set_ylabel("share of runs with\n" + _broken(f"test {metric} above τ", 22))
+    figure = _curves(bands, learned, steps=True)
+    beside = "share of runs with\n" + _broken(f"test {metric} above τ", 22)
+    _name_axes(figure, "threshold τ", beside)
+    axes = figure.axes[0]
     axes.set_ylim(-0.02, 1.02)
-    axes.margins(x=0.01)
+    falling = [
+        band.at[(band.value < band.value[0] - 0.02) & (band.value > 0.01)]
+        for band in bands.values()
+    ]
+    if any(map(len, falling)):  # where curves are level there is nothing to see
+        within = np.concatenate(falling)
+        axes.set_xlim(within.min() - 0.05, within.max() + 0.05)
     return figure
 
 
@@ -117,11 +125,10 @@ def draw_sample_efficiency(
     Raises:
         ValueError: There is no agent.
     """
-    figure, axes = _new_figure(len(bands), 3.3)
-    _curves(figure, axes, bands, learned, steps=False)
-    axes.set_xlabel("inner steps spent on training")
-    axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    figure = _curves(bands, learned, steps=False)
+    _name_axes(figure, "inner steps spent on training", label)
+    axes = figure.axes[0]
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda steps, _: _short(steps))
     return figure
 
@@ -216,62 +223,108 @@ def _interval_lines(
     return figure
 
 
-def _curves(
-    figure: Figure, axes: Any, bands: Mapping[str, Band], learned: Collection[str], steps: bool
-) -> None:
-    """Curves with bands, learned agents on top, and a legend below."""
-    numbers = {True: 0, False: 0}
-    faint = 0.16 if len(bands) <= 4 else 0.08  # where many bands lie upon another
-    for place, (name, band) in enumerate(bands.items()):
-        ours = name in learned
-        number = numbers[ours]
-        numbers[ours] += 1
-        colour = HIGHLIGHT if ours else RIVALS[number % len(RIVALS)]
-        dashes = DASHES[(number if ours else number // len(RIVALS) + 1) % len(DASHES)]
-        axes.plot(
-            band.at,
-            band.value,
-            label=_broken(name, LEGEND_LENGTH),
-            color=colour,
-            ls=dashes,
-            lw=2.0 if ours else 1.5,
-            marker=MARKERS[place % len(MARKERS)],
-            markevery=(0.02 + 0.03 * (place % len(MARKERS)), 0.2),
-            ms=4.5,
-            drawstyle="steps-post" if steps else "default",
-            zorder=4 if ours else 3,
-        )
-        axes.fill_between(
-            band.at,
-            band.low,
-            band.high,
-            color=colour,
-            alpha=0.2 if ours else faint,
-            lw=0,
-            step="post" if steps else None,
-            zorder=2,
-        )
-    columns = 2 if len(bands) > 1 else 1
+def _curves(bands: Mapping[str, Band], learned: Collection[str], steps: bool) -> Figure:
+    """A panel for each learned agent: its curve and band before those of all others.
+
+    In one panel seven agents could not be told apart. The other agents are thin and grey, the
+    rivals the same in every panel, and the legend is common.
+    """
+    ours = [name for name in bands if name in learned]
+    rivals = [name for name in bands if name not in learned]
+    columns = 2 if len(ours) > 1 else 1
+    rows = max(1, math.ceil(len(ours) / columns))
+    figure = _empty_figure(len(bands), 3.3 if columns == 1 else 0.8 + 1.5 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    style = "steps-post" if steps else "default"
+    for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, ours)):
+        if name is None and ours:
+            axes.set_axis_off()  # the last row is not full
+            continue
+        style_axes(axes)
+        if place + columns >= len(ours):
+            axes.tick_params(labelbottom=True)
+        for other in ours:
+            if other != name:
+                band = bands[other]
+                line = {"color": INK, "lw": 0.9, "alpha": 0.7, "label": "the other agents"}
+                axes.plot(band.at, band.value, drawstyle=style, **line)
+        for number, rival in enumerate(rivals):
+            colour = RIVALS[number % len(RIVALS)]
+            marker = MARKERS[1 + number % (len(MARKERS) - 1)]
+            dashes = DASHES[(number // len(RIVALS) + 1) % len(DASHES)]
+            _curve(axes, rival, bands[rival], colour, dashes, marker, style)
+        if name is not None:
+            _curve(axes, name, bands[name], HIGHLIGHT, "-", MARKERS[0], style)
+            if columns > 1:
+                axes.lines[-1].set_label("the agent of the panel")
+                axes.set_title(_broken(name), fontsize=SMALL, color=HIGHLIGHT)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
     figure.legend(
-        loc="outside lower center",
-        ncols=columns,
+        entries.values(),
+        entries,
+        loc="outside upper center",
+        ncols=min(len(entries), 2),
         fontsize=SMALL,
         labelcolor=INK,
         frameon=False,
         handlelength=3,
         columnspacing=1.2,
     )
-    lines = sum(_broken(name, LEGEND_LENGTH).count("\n") + 1 for name in list(bands)[::columns])
+    lines = sum(label.count("\n") + 1 for label in list(entries)[::2])
     figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+    return figure
 
 
-def _new_figure(items: int, height: float) -> tuple[Figure, Any]:
-    """Return an empty figure of the common look and its axes."""
+def _curve(
+    axes: Any, name: str, band: Band, colour: str, dashes: Any, marker: str, style: str
+) -> None:
+    """One curve with its band; that of an agent is the boldest."""
+    bold = colour == HIGHLIGHT
+    axes.plot(
+        band.at,
+        band.value,
+        label=_broken(name, LEGEND_LENGTH),
+        color=colour,
+        ls=dashes,
+        lw=2.0 if bold else 1.5,
+        marker=marker,
+        markevery=(0.02 + 0.03 * MARKERS.index(marker), 0.2),
+        ms=4,
+        drawstyle=style,
+        zorder=4 if bold else 3,
+    )
+    axes.fill_between(
+        band.at,
+        band.low,
+        band.high,
+        color=colour,
+        alpha=0.22 if bold else 0.1,
+        lw=0,
+        step="post" if style == "steps-post" else None,
+        zorder=2,
+    )
+
+
+def _name_axes(figure: Figure, below: str, beside: str) -> None:
+    """Name the axes that all panels of a figure share."""
+    figure.supxlabel(below, fontsize=TEXT, color=INK)
+    figure.supylabel(beside, fontsize=TEXT, color=INK, ma="center")
+
+
+def _empty_figure(items: int, height: float) -> Figure:
+    """Return a figure of the common look, without axes."""
     if items == 0:
         raise ValueError("there is nothing to draw: no agent was given")
     figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0.0)
+    return figure
+
+
+def _new_figure(items: int, height: float) -> tuple[Figure, Any]:
+    """Return an empty figure of the common look and its axes."""
+    figure = _empty_figure(items, height)
     axes: Any = figure.subplots()
     style_axes(axes)
     return figure, axes

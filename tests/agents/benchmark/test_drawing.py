@@ -101,18 +101,42 @@ def test_curves_have_bands_and_can_be_told_apart_without_colour(draw):
     axes = figure.axes[0]
     assert len(axes.collections) == len(axes.lines) == 3
     assert len({line.get_marker() for line in axes.lines}) == 3
-    learned = axes.lines[1]
+    learned = axes.lines[-1]
     assert to_hex(learned.get_color()) == figures.HIGHLIGHT
     np.testing.assert_allclose(learned.get_ydata(), BANDS["learned agent"].value)
     legend = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
-    assert legend == list(BANDS)
+    assert sorted(legend) == sorted(BANDS)
+
+
+@pytest.mark.parametrize("draw", [figures.draw_profiles, figures.draw_sample_efficiency])
+def test_every_one_of_many_agents_has_a_panel_in_which_it_stands_out(draw):
+    bands = {f"agent {number}": BANDS["uniform"] for number in range(3)}
+    figure = draw({**bands, "cosine": BANDS["learned agent"]}, bands)
+    *panels, left_over = figure.axes
+    assert [axes.get_title() for axes in panels] == list(bands)
+    assert not left_over.axison
+    for axes in panels:
+        colours = [to_hex(line.get_color()) for line in axes.lines]
+        assert colours == [figures.INK, figures.INK, figures.RIVALS[0], figures.HIGHLIGHT]
+        assert len(axes.collections) == 2  # bands of the rival and of the agent
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["the other agents", "cosine", "the agent of the panel"]
+
+
+def test_profiles_show_where_curves_fall():
+    at = np.linspace(0, 1, 101)
+    value = np.clip((0.6 - at) / 0.2, 0, 0.9)  # one in ten diverged
+    axes = figures.draw_profiles({"a": Band(at, value, value, value)}).axes[0]
+    low, high = axes.get_xlim()
+    assert 0.35 < low < 0.42
+    assert 0.6 < high < 0.66
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean per-class recall"])
 def test_axes_name_the_metric_and_have_room_for_it(metric):
     profiles = figures.draw_profiles(BANDS, LEARNED, metric)
     transfer = figures.draw_transfer(np.eye(2), FAMILIES, FAMILIES, metric)
-    label = profiles.axes[0].yaxis.label
+    label = profiles._supylabel
     assert " ".join(label.get_text().split()) == f"share of runs with test {metric} above τ"
     assert transfer.get_supxlabel() == f"interquartile mean of test {metric}"
     for figure in (profiles, transfer):
@@ -125,7 +149,7 @@ def test_axes_name_the_metric_and_have_room_for_it(metric):
 
 def test_many_agents_have_styles_of_their_own():
     bands = {f"agent {number}": BANDS["uniform"] for number in range(12)}
-    lines = figures.draw_profiles(bands, ["agent 0", "agent 5"]).axes[0].lines
+    lines = figures.draw_profiles(bands).axes[0].lines
     styles = {(to_hex(x.get_color()), x.get_marker(), x._dash_pattern[1] and 1) for x in lines}
     assert len({(style[0], style[1]) for style in styles}) >= 10
 

@@ -220,8 +220,10 @@ def test_figures_name_the_metric(tmp_path):
     drawn = figures(summary)
 
     def says(name):
-        axes = drawn[name].axes[0]
-        return " ".join(f"{axes.get_xlabel()} {axes.get_ylabel()}".split())
+        figure = drawn[name]
+        own = figure.axes[0]
+        common = f"{figure.get_supxlabel()} {figure.get_supylabel()}"
+        return " ".join(f"{own.get_xlabel()} {own.get_ylabel()} {common}".split())
 
     assert "of test mean per-class recall" in says("scale-iqm")
     assert "with test mean per-class recall above" in says("scale-profiles")
