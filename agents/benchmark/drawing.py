@@ -252,9 +252,9 @@ def _curves(bands: Mapping[str, Band], learned: Collection[str], steps: bool) ->
             colour = RIVALS[number % len(RIVALS)]
             marker = MARKERS[1 + number % (len(MARKERS) - 1)]
             dashes = DASHES[(number // len(RIVALS) + 1) % len(DASHES)]
-            _curve(axes, rival, bands[rival], colour, dashes, marker, style)
+            _curve(axes, rival, bands[rival], colour, dashes, marker, style, bold=False)
         if name is not None:
-            _curve(axes, name, bands[name], HIGHLIGHT, "-", MARKERS[0], style)
+            _curve(axes, name, bands[name], HIGHLIGHT, "-", MARKERS[0], style, bold=True)
             if columns > 1:
                 axes.lines[-1].set_label("the agent of the panel")
                 axes.set_title(_broken(name), fontsize=SMALL, color=HIGHLIGHT)
@@ -277,10 +277,16 @@ def _curves(bands: Mapping[str, Band], learned: Collection[str], steps: bool) ->
 
 
 def _curve(
-    axes: Any, name: str, band: Band, colour: str, dashes: Any, marker: str, style: str
+    axes: Any,
+    name: str,
+    band: Band,
+    colour: str,
+    dashes: Any,
+    marker: str,
+    style: str,
+    bold: bool,
 ) -> None:
-    """One curve with its band; that of an agent is the boldest."""
-    bold = colour == HIGHLIGHT
+    """One curve with its band."""
     axes.plot(
         band.at,
         band.value,

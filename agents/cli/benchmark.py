@@ -64,11 +64,13 @@ def benchmark_command(
         raise ConfigError(f"--gpus is used with --executor ray only, got {gpus:g}; leave it out")
     benchmark = load_benchmark(name, settings or ())
     trials = benchmark.trials()
+    _check_folder(out, resume, overwrite)
     if dry_run:
-        left = [t for t in trials if not (resume and is_done(benchmark, t, out))]
+        if not overwrite:
+            _check_table(benchmark, out)
+        left = [t for t in trials if overwrite or not is_done(benchmark, t, out)]
         _say_what_there_is(benchmark, left, workers)
         return
-    _check_folder(out, resume, overwrite)
     if executor == "ray":
         import_ray()
     with console.status("loading") as status:
@@ -100,13 +102,9 @@ def _work(
                 shutil.rmtree(path)
             elif path.suffix != ".lock":
                 path.unlink()
-    pairs = [(suite, agent) for suite in benchmark.trained for agent in benchmark.settings.agents]
-    versions = check_table(benchmark, out)
-    for pair in pairs:
-        check_run_folder(benchmark, *pair, out)
-    write_manifest(benchmark, versions, out)
-    for pair in pairs:
-        start_run_folder(benchmark, *pair, out)
+    write_manifest(benchmark, _check_table(benchmark, out), out)
+    for suite, agent in _run_folders(benchmark):
+        start_run_folder(benchmark, suite, agent, out)
     try:
         failed = _run(benchmark, trials, out, retries, execute)
     except KeyboardInterrupt:
@@ -135,6 +133,19 @@ def _work(
         console.print(f"written: {out}/table.csv, results.json, results.md, {REPORT} and figures")
     if failed:
         raise typer.Exit(1)
+
+
+def _check_table(benchmark: Benchmark, out: Path) -> dict[str, str]:
+    """Return the versions of all suites of the table, once all that stands in `out` fits."""
+    versions = check_table(benchmark, out)
+    for suite, agent in _run_folders(benchmark):
+        check_run_folder(benchmark, suite, agent, out)
+    return versions
+
+
+def _run_folders(benchmark: Benchmark) -> list[tuple[str, str]]:
+    """Suite and agent of each run folder."""
+    return [(suite, agent) for suite in benchmark.trained for agent in benchmark.settings.agents]
 
 
 def _say_what_there_is(benchmark: Benchmark, trials: Sequence[Trial], workers: int) -> None:

@@ -297,6 +297,7 @@ def test_results_of_another_version_of_a_suite_are_refused(done, fails, tmp_path
     said = fails("benchmark", others, "--out", out, "--resume")
 
     assert "holds results of suite scale in version " in said
+    assert fails("benchmark", others, "--out", out, "--resume", "--dry-run") == said
     assert "results of two versions are not compared: choose another --out" in said
 
 
