@@ -1,5 +1,7 @@
 """A synthetic optimizee for the core, and the digits environment at tiny settings."""
 
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from asg_env.schedule import LearnedSchedule
 
 DIGITS = "ASG/Digits-v0"
 TINY = {"horizon": 3, "inner_steps": 2, "outer_valid_size": 50}
+STAY = [1] * 5  # every rate stays as it is
 PATTERNS = {"conv": r"backbone\.0\.", "norm": r"backbone\.1\.", "head": r"head\."}
 
 
@@ -98,6 +101,20 @@ def make_env():
         return gym.make(DIGITS, **(TINY | settings)).unwrapped
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rollout():
+    """Return a function that gives all transitions of an episode, the reset first."""
+
+    def transitions(env, actions=None, **reset):
+        found = [env.reset(**reset)]
+        actions = iter(actions or itertools.repeat(STAY))
+        while len(found) == 1 or not found[-1][2]:
+            found.append(env.step(next(actions)))
+        return found
+
+    return transitions
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
-import dataclasses
-import itertools
-import random
+"""What the environment shows and takes: both checkers, infos, actions, rates, instances."""
+
 import warnings
 
 import gymnasium as gym
@@ -22,7 +21,6 @@ OBSERVATIONS = ("asg", "scaled", "extended", "normalised")
 GROUPS = ("conv1", "conv2", "conv3", "conv4", "head")
 STAY = [1] * 5
 EVERY_TERM = dict.fromkeys(REWARD_TERMS, 1.0)
-LABEL_FREE = [name for name, term in REWARD_TERMS.items() if term.split != "outer_valid"]
 INFO_KEYS = {
     "layer_groups",
     "lr_multipliers",
@@ -34,32 +32,6 @@ INFO_KEYS = {
     "cause",
 }
 INSTANCE = {"task": DIGITS, "head_seed": 3, "data_seed": 4, "base_lr_scale": 1.0}
-
-
-def rollout(env, actions=None, **reset):
-    """All transitions of an episode, the reset first."""
-    transitions = [env.reset(**reset)]
-    actions = iter(actions or itertools.repeat(STAY))
-    while len(transitions) == 1 or not transitions[-1][2]:
-        transitions.append(env.step(next(actions)))
-    return transitions
-
-
-class RecordingSplits(dict):
-    """Splits of a trainer that remember which of them was looked up."""
-
-    def __init__(self, splits):
-        super().__init__(splits)
-        self.read = set()
-
-    def __getitem__(self, name):
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
-def record_splits(env):
-    env.trainer.splits = RecordingSplits(env.trainer.splits)
-    return env.trainer.splits.read
 
 
 # Contract
@@ -91,7 +63,7 @@ def test_env_passes_both_checkers_when_rendered(make_env, render_mode):
         sb3_checker.check_env(env, skip_render_check=False)
 
 
-def test_make_wraps_the_env_in_the_passive_checker_without_warning():
+def test_make_wraps_the_env_in_the_passive_checker_without_warning(rollout):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gym.make(DIGITS, horizon=2, inner_steps=2, outer_valid_size=50)
@@ -152,7 +124,7 @@ def test_reset_takes_no_inner_step(make_env):
 
 
 @pytest.mark.parametrize("observation", OBSERVATIONS)
-def test_info_has_every_key_at_reset_and_at_every_step(make_env, observation):
+def test_info_has_every_key_at_reset_and_at_every_step(make_env, observation, rollout):
     env = make_env(observation=observation, reward=EVERY_TERM)
     scores = {"accuracy/outer_valid", "mean_recall/outer_valid"}
     expected = INFO_KEYS | scores | {f"reward/{name}" for name in EVERY_TERM}
@@ -172,14 +144,14 @@ def test_info_has_every_key_at_reset_and_at_every_step(make_env, observation):
     assert all(infos[0][f"reward/{name}"] == 0.0 for name in EVERY_TERM)
 
 
-def test_step_terminates_at_the_horizon_and_never_truncates(make_env):
+def test_step_terminates_at_the_horizon_and_never_truncates(make_env, rollout):
     transitions = rollout(make_env(horizon=2), seed=0)
 
     assert [t[2] for t in transitions[1:]] == [False, True]
     assert [t[3] for t in transitions[1:]] == [False, False]
 
 
-def test_growing_windows_run_to_the_end_of_the_last_epoch(make_env):
+def test_growing_windows_run_to_the_end_of_the_last_epoch(make_env, rollout):
     env = make_env(inner_steps="asg-as-coded", steps_per_epoch=12, epochs=2, horizon=None)
 
     infos = [transition[-1] for transition in rollout(env, seed=0)]
@@ -188,7 +160,7 @@ def test_growing_windows_run_to_the_end_of_the_last_epoch(make_env):
     assert [info["inner_step"] for info in infos] == [0, 10, 12, 22, 24]
 
 
-def test_step_needs_a_reset_before_and_after_the_episode(make_env):
+def test_step_needs_a_reset_before_and_after_the_episode(make_env, rollout):
     env = make_env(horizon=1)
     for call in (lambda: env.step(STAY), lambda: env.step_multipliers([0.1] * 5)):
         with pytest.raises(ResetNeeded, match="call env.reset"):
@@ -261,7 +233,7 @@ def test_step_multipliers_refuses_and_changes_nothing(make_env, identical, multi
 
 
 @pytest.mark.parametrize("factor", ["constant", "warmup-poly"])
-def test_effective_lrs_are_nominal(make_env, factor):
+def test_effective_lrs_are_nominal(make_env, factor, rollout):
     env = make_env(base_lr=0.2, lr_factor=factor, start_multiplier=0.1)
     scaled = INSTANCE | {"base_lr_scale": 7.0}
 
@@ -294,182 +266,6 @@ def test_hidden_scale_acts_on_the_weights(make_env, weights):
 
     assert not torch.equal(ends[0][0], ends[1][0])
     np.testing.assert_array_equal(ends[0][1], ends[1][1])
-
-
-# Rewards
-
-
-def test_gain_adds_up_to_final_minus_initial_accuracy(make_env):
-    env = make_env(start_multiplier=0.1, inner_steps=4)
-    env.reset(seed=1)
-    initial = env.trainer.evaluate("outer_valid").accuracy
-    rewards = [env.step(STAY)[1] for _ in range(3)]
-
-    final = env.trainer.evaluate("outer_valid").accuracy
-
-    assert sum(rewards) == pytest.approx(final - initial)
-    assert any(rewards)
-
-
-def test_reward_is_the_weighted_sum_of_its_terms(make_env):
-    weights = {name: 0.5 + i for i, name in enumerate(EVERY_TERM)}
-    env = make_env(reward=weights, start_multiplier=0.1)
-
-    for transition in rollout(env, seed=0)[1:]:
-        info = transition[-1]
-        expected = sum(weight * info[f"reward/{name}"] for name, weight in weights.items())
-        assert transition[1] == pytest.approx(expected)
-        assert isinstance(transition[1], float)
-
-
-def test_reward_terms_agree_with_the_trainer(make_env):
-    env = make_env(reward=EVERY_TERM, start_multiplier=0.1)
-    env.reset(seed=0)
-    before, agreed = env.trainer.evaluate("inner_valid"), env.trainer.agreement("old_task")
-    objective = env.telemetry.objective
-    info = env.step(STAY)[-1]
-    now, outer = env.trainer.evaluate("inner_valid"), env.trainer.evaluate("outer_valid")
-
-    assert info["reward/inner_valid_gain"] == pytest.approx(now.accuracy - before.accuracy)
-    assert info["reward/inner_valid_level"] == now.accuracy
-    assert info["reward/inner_valid_loss"] == -now.loss
-    assert info["reward/level"] == info["accuracy/outer_valid"] == outer.accuracy
-    assert info["reward/loss"] == -outer.loss
-    assert info["reward/terminal"] == info["reward/inner_valid_terminal"] == 0.0
-    assert info["reward/retention"] == pytest.approx(env.trainer.agreement("old_task") - agreed)
-    assert info["reward/train_loss"] == pytest.approx(objective - env.telemetry.objective)
-
-
-def test_terminal_reward_pays_the_final_accuracy(make_env):
-    transitions = rollout(make_env(reward="terminal"), seed=0)[1:]
-
-    assert [t[1] for t in transitions[:-1]] == [0.0, 0.0]
-    assert transitions[-1][1] == transitions[-1][-1]["accuracy/outer_valid"] > 0
-
-
-@pytest.mark.parametrize("observation", OBSERVATIONS)
-@pytest.mark.parametrize("reward", LABEL_FREE)
-def test_label_free_rewards_read_no_real_label(make_env, reward, observation):
-    env = make_env(reward=reward, observation=observation)
-    read = record_splits(env)
-
-    infos = [transition[-1] for transition in rollout(env, seed=0)]
-
-    assert read <= {"train", "inner_valid", "old_task"}
-    assert not any("accuracy/outer_valid" in info for info in infos)
-
-
-def test_label_free_rewards_do_not_depend_on_real_labels(make_env, identical):
-    blind, seeing = (make_env(reward=dict.fromkeys(LABEL_FREE, 1.0)) for _ in range(2))
-    for name in ("outer_valid", "test", "old_task"):
-        split = blind.trainer.splits[name]
-        no_labels = torch.full_like(split.labels, -1)  # torch refuses to score these
-        blind.trainer.splits[name] = dataclasses.replace(split, labels=no_labels)
-
-    assert identical(rollout(blind, seed=0), rollout(seeing, seed=0))
-
-
-@pytest.mark.parametrize("observation", OBSERVATIONS)
-@pytest.mark.parametrize("reward", ["gain", EVERY_TERM])
-def test_no_reward_reads_the_test_split(make_env, reward, observation):
-    env = make_env(reward=reward, observation=observation)
-    read = record_splits(env)
-
-    rollout(env, seed=0)
-
-    assert "outer_valid" in read
-    assert "test" not in read
-
-
-def test_default_env_reads_training_and_outer_valid_images_alone(make_env):
-    env = make_env()
-    read = record_splits(env)
-
-    rollout(env, seed=0)
-
-    assert read == {"train", "outer_valid"}
-
-
-def test_images_per_measurement_counts_the_splits_that_are_read(make_env):
-    assert make_env().images_per_measurement == 50
-    assert make_env(reward="train_loss").images_per_measurement == 0
-    assert make_env(reward="inner_valid_gain", observation="extended").images_per_measurement == 500
-    assert make_env(reward=EVERY_TERM).images_per_measurement == 50 + 500 + 500
-
-
-def test_outer_valid_is_balanced_at_every_size(make_env):
-    env = make_env(outer_valid_size=52)
-
-    assert (
-        sorted(env.trainer.splits["outer_valid"].labels.bincount().tolist()) == [10] * 3 + [11] * 2
-    )
-
-
-# Divergence
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("observation", OBSERVATIONS)
-def test_divergence_ends_the_episode_cleanly(make_env, observation, optimizer):
-    env = make_env(
-        observation=observation,
-        optimizer=optimizer,
-        reward=EVERY_TERM,
-        base_lr=1e6,
-        start_multiplier=1.0,
-        inner_steps=3,
-    )
-    env.reset(seed=0)
-    terminated, steps = False, 0
-    while not terminated:
-        observed, reward, terminated, truncated, info = env.step(STAY)
-        steps += 1
-
-    assert steps < 3
-    assert not truncated
-    assert np.isfinite(observed).all()
-    assert env.observation_space.contains(observed)
-    assert np.isfinite(reward)
-    assert info["diverged"] is True
-    assert info["cause"] in {
-        "a training loss is not finite",
-        "a gradient norm is not finite",
-        "a weight is not finite",
-    }
-    numbers = [value for key, value in info.items() if key not in ("layer_groups", "cause")]
-    assert all(np.isfinite(value).all() for value in numbers)
-    assert info["accuracy/outer_valid"] == info["reward/level"] == info["reward/terminal"] == 0.0
-    with pytest.raises(ResetNeeded):
-        env.step(STAY)
-
-
-@pytest.mark.parametrize("reward", REWARD_TERMS)
-def test_divergence_leaves_every_reward_finite(make_env, reward):
-    env = make_env(reward=reward, base_lr=1e6, start_multiplier=1.0, inner_steps=3)
-
-    *_, last = rollout(env, seed=0)
-
-    assert last[-1]["diverged"]
-    assert np.isfinite(last[1])
-    assert last[1] <= 0.0
-
-
-def test_divergence_takes_back_the_accuracy_that_was_gained(make_env):
-    env = make_env(base_lr=1e6, start_multiplier=1.0, inner_steps=3)
-    _, info = env.reset(seed=0)
-
-    reward = env.step(STAY)[1]
-
-    assert reward == pytest.approx(-info["accuracy/outer_valid"])
-
-
-def test_divergence_does_not_reach_the_next_episode(make_env, identical):
-    used, fresh = make_env(observation="extended"), make_env(observation="extended")
-    used.reset(seed=0)
-    assert used.step_multipliers([1e12] * 5)[-1]["diverged"]
-
-    assert identical(rollout(used, seed=1), rollout(fresh, seed=1))
 
 
 # Instances
@@ -566,143 +362,3 @@ def test_make_refuses_an_unknown_task():
         ValueError, match=r"`task` must be one of ASG/Digits-v0, .*, got 'ASG/None-v0'"
     ):
         entry_point("ASG/None-v0")
-
-
-# Sameness
-
-
-@pytest.mark.parametrize("instances", ["fixed", "unknown-scale"])
-@pytest.mark.parametrize("action", ACTIONS)
-def test_twin_rollouts_are_identical(make_env, weights, identical, action, instances):
-    twins = [
-        make_env(
-            action=action,
-            instances=instances,
-            observation="extended",
-            reward=EVERY_TERM,
-            base_lr=0.01,
-        )
-        for _ in range(2)
-    ]
-    twins[0].action_space.seed(0)
-    actions = [twins[0].action_space.sample() for _ in range(3)]
-
-    first, second = (rollout(twin, actions, seed=5) for twin in twins)
-
-    assert identical(first, second)
-    assert twins[0].instance == twins[1].instance
-    assert identical(weights(twins[0].trainer), weights(twins[1].trainer))
-
-
-def test_rollout_does_not_depend_on_the_episodes_before_it(make_env, weights, identical):
-    used, fresh = make_env(optimizer="adam"), make_env(optimizer="adam")
-    for seed in (1, 2):
-        rollout(used, [[2] * 5] * 3, seed=seed)
-
-    assert identical(rollout(used, seed=5), rollout(fresh, seed=5))
-    assert identical(weights(used.trainer), weights(fresh.trainer))
-
-
-def test_rollout_at_multipliers_one_equals_plain_training(make_env, weights):
-    env = make_env(start_multiplier=1.0, kl_weight=0, base_lr=0.05)
-    rollout(env, options={"instance": INSTANCE})
-    trained = weights(env.trainer)
-
-    env.reset(options={"instance": INSTANCE})
-    optimizee, train = env.trainer.optimizee, env.trainer.splits["train"]
-    parameters = [p for p in optimizee.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
-    for step in range(6):
-        index = env.trainer._order.indices(step)
-        loss = torch.nn.functional.cross_entropy(
-            optimizee(train.batch(index))[0], train.labels[index]
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    for name, tensor in optimizee.state_dict().items():
-        assert torch.equal(tensor, trained[name]), name
-
-
-@pytest.mark.parametrize("observation", OBSERVATIONS)
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"momentum_form": "scaled-velocity"}, {"optimizer": "adam", "lr_factor": "warmup-poly"}],
-)
-def test_snapshot_and_restore_replay_mid_episode(
-    make_env, weights, identical, observation, settings
-):
-    settings = {"observation": observation, "reward": EVERY_TERM, "render_mode": "ansi"} | settings
-    env, other = make_env(**settings), make_env(**settings)
-    env.reset(seed=0)
-    env.step([2, 1, 0, 2, 2])
-    snapshot = env.snapshot()
-
-    def go_on(replaying):
-        steps = [replaying.step(action) for action in ([2] * 5, [0, 1, 2, 1, 0])]
-        return steps, weights(replaying.trainer), replaying.render()
-
-    expected = go_on(env)
-    env.reset(seed=9)
-    for replaying in (env, env, other):
-        replaying.restore(snapshot)
-        assert identical(go_on(replaying), expected)
-        assert replaying.instance == snapshot["instance"]
-        with pytest.raises(ResetNeeded):
-            replaying.step(STAY)
-
-
-def test_snapshot_of_a_finished_episode_restores_as_finished(make_env):
-    env = make_env(horizon=1)
-    rollout(env, seed=0)
-    snapshot = env.snapshot()
-    env.reset(seed=0)
-
-    env.restore(snapshot)
-
-    with pytest.raises(ResetNeeded):
-        env.step(STAY)
-
-
-def test_snapshot_needs_a_reset(make_env):
-    with pytest.raises(ResetNeeded, match="nothing to snapshot"):
-        make_env().snapshot()
-
-
-def test_global_generators_are_left_as_found(make_env):
-    def states():
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002
-        return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
-
-    before = states()
-    env = make_env(observation="extended", reward=EVERY_TERM, render_mode="rgb_array")
-    assert states() == before, "make"
-    env.reset(seed=0)
-    assert states() == before, "reset"
-    env.step(STAY)
-    env.trainer.evaluate("test")
-    env.render()
-    env.restore(env.snapshot())
-    assert states() == before, "step"
-
-
-def test_global_generators_do_not_steer_the_episode(make_env, identical):
-    rollouts = []
-    for seed in (1, 2):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            rollouts.append(rollout(make_env(), seed=0))
-
-    assert identical(*rollouts)
-
-
-@pytest.mark.parametrize(("parent", "calls"), [(None, []), (object(), [1])])
-def test_env_sets_one_thread_in_worker_processes_only(make_env, monkeypatch, parent, calls):
-    seen = []
-    monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
-    monkeypatch.setattr(torch, "set_num_threads", seen.append)
-
-    make_env()
-
-    assert seen == calls
