@@ -21,6 +21,8 @@ from agents.benchmark.wording import (
 from agents.figures import save_figure
 from agents.run_folder import write_text
 
+RESULTS = "results.json"
+
 
 def results_markdown(summary: Mapping[str, Any]) -> str:
     """The tables of every comparison."""
@@ -32,7 +34,7 @@ def results_markdown(summary: Mapping[str, Any]) -> str:
         heads += [] if best is None else [f"{best} minus this"]
         rows = {entry["method"]: _cells(entry)[: len(heads) - 1] for entry in ordered(comparison)}
         parts += [f"## {title(comparison)}", "", *_table(heads, rows, comparison)]
-        parts += ["", verdict(comparison), *warnings(comparison, summary["seeds"]), ""]
+        parts += ["", verdict(comparison), *warnings(comparison), ""]
         heads, rows = kinds_table(comparison)
         if heads:
             parts += [f"By kind of instance, in brackets how many: test {metric} (IQM).", ""]
@@ -93,7 +95,7 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
 
 def write_results(summary: Mapping[str, Any], out: Path) -> None:
     """Write results.json, results.md and the figures; figures of earlier results are removed."""
-    write_text(out / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_text(out / RESULTS, json.dumps(summary, indent=1) + "\n")
     write_text(out / "results.md", results_markdown(summary))
     folder = out / "figures"
     folder.mkdir(exist_ok=True)

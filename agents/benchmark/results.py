@@ -69,7 +69,7 @@ def summarise_benchmark(
         "interval": "95 %, stratified bootstrap: resamples seeds, then instances; differences "
         "paired by instance",
         "episodes": settings.episodes,
-        "seeds": settings.seeds,
+        "seeds": max([settings.seeds, *(e["seeds"] for c in comparisons for e in c["methods"])]),
         "test_instances": settings.test_instances,
         "comparisons": comparisons,
         "sample_efficiency": curves,
@@ -89,13 +89,7 @@ def _by_method(
     for judged in results:
         if (judged["suite"], judged["tested_on"]) == (suite, tested) and judged["results"]:
             found.setdefault(judged["method"], []).append(judged)
-    # An earlier run may have judged fewer instances: compare on those that all have.
-    least = min((len(judged["results"]) for rows in found.values() for judged in rows), default=0)
-    return {
-        method: [{**judged, "results": judged["results"][:least]} for judged in found[method]]
-        for method in _distinct(first, found)
-        if method in found
-    }
+    return {method: found[method] for method in _distinct(first, found) if method in found}
 
 
 def _selected(root: Path, suite: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from asg_env.validation import ConfigError
 TABLE, MANIFEST = "table.csv", "manifest.json"
 SELECTION = "selection.json"  # of a trial: the last thing that it writes
 # What two benchmark files must agree in for their results to stand in one table.
-COMMON_SETTINGS = ("episodes", "seed", "tuning_instances", "env")
+COMMON_SETTINGS = ("episodes", "seed", "tuning_instances", "test_instances", "env")
 COLUMNS = (
     "suite",
     "suite_version",

@@ -8,7 +8,7 @@ from agents.results import FEW_SEEDS, IN_WORDS
 FEW_UNITS = 20  # below this a reader is told that the interval is a rough one
 
 
-def warnings(comparison: Mapping[str, Any], seeds: int) -> list[str]:
+def warnings(comparison: Mapping[str, Any]) -> list[str]:
     """What a reader of a comparison must know of its sample sizes."""
     said = []
     units = min(entry["seeds"] * entry["instances"] for entry in comparison["methods"])
@@ -17,8 +17,9 @@ def warnings(comparison: Mapping[str, Any], seeds: int) -> list[str]:
             f"n = {units} units (training seeds x instances): below {FEW_UNITS} the interval is a "
             "rough one."
         )
-    if seeds < FEW_SEEDS:
-        said.append(f"{seeds} training seed(s) say little about another training.")
+    seeds = [e["seeds"] for e in comparison["methods"] if e["kind"] in ("agent", "search")]
+    if seeds and max(seeds) < FEW_SEEDS:
+        said.append(f"{max(seeds)} training seed(s) say little about another training.")
     return said
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from agents.benchmark.executors import Outcome, import_ray, run_in_pool, run_on_ray
 from agents.benchmark.plan import Benchmark, Trial, load_benchmark
-from agents.benchmark.presentation import terminal_table, write_results
+from agents.benchmark.presentation import RESULTS, terminal_table, write_results
 from agents.benchmark.results import summarise_benchmark
 from agents.benchmark.table import (
     MANIFEST,
@@ -25,14 +25,16 @@ from agents.benchmark.table import (
 )
 from agents.benchmark.trials import check_run_folder, is_done, start_run_folder
 from agents.benchmark.wording import title, verdict, warnings
-from agents.cli.options import Assignments, Workers, console, make_folder, progress_bar
+from agents.cli.options import Assignments, console, make_folder, progress_bar
+from agents.experiment import MAX_WORKERS
 from agents.report.document import REPORT, write_report
 from agents.run_folder import read_metrics
 from agents.train import seconds_per_episode
 from asg_env.build import task_of
 from asg_env.validation import ConfigError
 
-FAILURES = "failures.jsonl"
+FAILURES, LOCK = "failures.jsonl", ".lock"
+WORKERS = 2  # of the pool, if not said
 Execute = Callable[[Sequence[Trial], Callable[[], None]], Iterator[Outcome]]
 NEWS = 300.0  # seconds between two lines of progress where no bar is shown
 
@@ -41,7 +43,9 @@ def benchmark_command(
     name: Annotated[str, typer.Argument(help="Name of a shipped benchmark, or a path.")],
     out: Annotated[Path, typer.Option(help="Folder to write, or to add to with --resume.")],
     executor: Annotated[str, typer.Option(help="pool: processes here; ray: Ray tasks.")] = "pool",
-    workers: Workers = 2,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_WORKERS, help="Of the pool.", show_default="2")
+    ] = None,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of a trial, with --executor ray.")] = 0,
     retries: Annotated[int, typer.Option(min=0, help="Of a trial that failed.")] = 1,
     resume: Annotated[
@@ -56,12 +60,17 @@ def benchmark_command(
     def execute(waiting: Sequence[Trial], tick: Callable[[], None]) -> Iterator[Outcome]:
         if executor == "ray":
             return run_on_ray(benchmark, waiting, out, gpus, tick)
-        return run_in_pool(benchmark, waiting, out, workers, tick)
+        return run_in_pool(benchmark, waiting, out, workers or WORKERS, tick)
 
     if executor not in ("pool", "ray"):
         raise ConfigError(f"--executor must be pool or ray, got '{executor}'")
     if gpus and executor == "pool":
         raise ConfigError(f"--gpus is used with --executor ray only, got {gpus:g}; leave it out")
+    if workers and executor == "ray":
+        raise ConfigError(
+            f"--workers is used with --executor pool only, got {workers}; leave it out: Ray runs "
+            "as many trials at once as its cluster has CPUs"
+        )
     benchmark = load_benchmark(name, settings or ())
     trials = benchmark.trials()
     _check_folder(out, resume, overwrite)
@@ -69,14 +78,14 @@ def benchmark_command(
         if not overwrite:
             _check_table(benchmark, out)
         left = [t for t in trials if overwrite or not is_done(benchmark, t, out)]
-        _say_what_there_is(benchmark, left, workers)
+        _say_what_there_is(benchmark, left, 1 if executor == "ray" else workers or WORKERS)
         return
     if executor == "ray":
         import_ray()
     with console.status("loading") as status:
         benchmark.check(lambda what: status.update(f"loading: {what}"))
     make_folder(out)
-    lock = FileLock(out / ".lock")
+    lock = FileLock(out / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -100,11 +109,12 @@ def _work(
         for path in out.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.suffix != ".lock":
+            elif path.name != LOCK:
                 path.unlink()
     write_manifest(benchmark, _check_table(benchmark, out), out)
     for suite, agent in _run_folders(benchmark):
         start_run_folder(benchmark, suite, agent, out)
+    (out / RESULTS).unlink(missing_ok=True)  # of what was there; what is to come is more
     try:
         failed = _run(benchmark, trials, out, retries, execute)
     except KeyboardInterrupt:
@@ -126,11 +136,11 @@ def _work(
         write_results(summary, out)
         console.print(terminal_table(summary))
         for comparison in summary["comparisons"]:
-            said = [verdict(comparison), *warnings(comparison, summary["seeds"])]
+            said = [verdict(comparison), *warnings(comparison)]
             console.print(f"{title(comparison)}: {' '.join(said)}")
         with console.status("drawing"):
             write_report(out, out / REPORT)
-        console.print(f"written: {out}/table.csv, results.json, results.md, {REPORT} and figures")
+        console.print(f"written: {out}/table.csv, {RESULTS}, results.md, {REPORT} and figures")
     if failed:
         raise typer.Exit(1)
 
@@ -159,7 +169,7 @@ def _say_what_there_is(benchmark: Benchmark, trials: Sequence[Trial], workers: i
     episodes = _total(benchmark, trials)
     console.print(
         f"{len(trials)} trials, about {episodes:.0f} episodes; at {seconds:.2f} s each about "
-        f"{episodes * seconds / workers / 60:.0f} minutes with {workers} worker(s), and what the "
+        f"{episodes * seconds / workers / 60:.0f} minutes with {workers} at a time, and what the "
         "agents themselves compute"
     )
 
@@ -255,5 +265,5 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         )
     if resume and not there:
         raise ConfigError(f"{out} holds no benchmark to resume; leave --resume out to start one")
-    if not there and out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
+    if not there and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no benchmark; choose another --out")

@@ -6,6 +6,7 @@ from typing import Any
 
 from agents.benchmark.figures import TRANSFER, figures
 from agents.benchmark.plan import Benchmark, BenchmarkSettings
+from agents.benchmark.presentation import RESULTS
 from agents.benchmark.results import summarise_benchmark
 from agents.benchmark.table import MANIFEST, SELECTION, read_manifest, read_results
 from agents.benchmark.trials import is_done, test_file
@@ -65,7 +66,7 @@ def benchmark_page(root: Path, name: str) -> Page:
     Raises:
         ConfigError: Nothing is judged yet, or a file is damaged.
     """
-    path = root / "results.json"
+    path = root / RESULTS
     again = f"repeat it with `asg benchmark` --out {root} --resume"
     manifest = read_manifest(root)
     about = "Learned learning-rate controllers beside tuned baselines, with equal budgets."
@@ -122,7 +123,7 @@ def _comparison(
     heading = f"Results on {name}" if own else f"{name[0].upper()}{name[1:]}"
     section = Section(heading, [verdict(comparison)])
     section.warnings = [
-        *warnings(comparison, summary["seeds"]),
+        *warnings(comparison),
         *_missing(comparison, summary["seeds"]),
     ]
     section.table = _table(comparison, metric)

@@ -95,8 +95,15 @@ def _results(folder: Path, facts: list[tuple[str, str]]) -> Section:
         # Few training seeds are said as a warning instead.
         said = footnote({**summary, "protocol": {**protocol, "training_seeds": FEW_SEEDS}})
         section = Section("Results", [said])
-        units = [{"seeds": len(r["per_instance"]), "instances": instances} for r in rows]
-        section.warnings = warnings({"methods": units}, seeds)
+        units = [
+            {
+                "seeds": len(row["per_instance"]),
+                "instances": instances,
+                "kind": "agent" if _is_learned(row) else "rule",
+            }
+            for row in rows
+        ]
+        section.warnings = warnings({"methods": units})
         heads = ["method", f"test {metric} (IQM)", "95 % interval", "mean ± std", "diverged"]
         heads += ["n (seeds × instances)", "retention", "tuning episodes", f"{primary} minus this"]
         heads += ["setting"]

@@ -305,24 +305,23 @@ def test_there_is_no_table_of_kinds_where_there_are_not_several(tmp_path, rows):
 
 
 def test_few_units_are_counted_and_make_a_rough_interval():
-    few = {"methods": [{"seeds": 5, "instances": 10}, {"seeds": 1, "instances": 10}]}
-    assert warnings(few, 5) == [
-        "n = 10 units (training seeds x instances): below 20 the interval is a rough one."
+    agent = {"seeds": 5, "instances": 10, "kind": "agent"}
+    rule = {"seeds": 1, "instances": 10, "kind": "rule"}
+    rough = "n = 10 units (training seeds x instances): below 20 the interval is a rough one."
+    assert warnings({"methods": [agent, rule]}) == [rough]
+    assert warnings({"methods": [agent]}) == []
+    assert warnings({"methods": [{**rule, "instances": 40}]}) == []
+    assert warnings({"methods": [{**agent, "seeds": 2}, rule]}) == [
+        rough,
+        "2 training seed(s) say little about another training.",
     ]
-    assert warnings({"methods": few["methods"][:1]}, 5) == []
-    assert len(warnings(few, 2)) == 2
 
 
-def test_methods_judged_on_fewer_instances_are_compared_on_those_that_all_have(tmp_path):
-    rows = records()
-    rows[-1] |= {"diverged": True}
-    results = [
-        *write_trial(tmp_path, "mine", rows=rows),
-        *write_trial(tmp_path, "cosine", rows=records()[:4]),
-    ]
-    summary = summarise_benchmark(results, benchmark_of(["mine"]), tmp_path)
-    entry = methods(summary["comparisons"][0])["mine"]
-    assert (entry["instances"], entry["diverged"]) == (4, 0.0)
+def test_seeds_are_those_of_the_table_where_the_last_command_asked_for_fewer(tmp_path):
+    results = [one for seed in range(3) for one in write_trial(tmp_path, "mine", seed)]
+    for asked, said in ((2, 3), (4, 4)):
+        summary = summarise_benchmark(results, benchmark_of(["mine"], seeds=asked), tmp_path)
+        assert summary["seeds"] == said
 
 
 def test_rules_alone_have_a_table_without_a_difference(tmp_path):

@@ -350,6 +350,7 @@ def test_a_benchmark_that_cannot_be_run_is_refused(fails, tmp_path, changes, sen
     [
         (["--executor", "slurm"], "--executor must be pool or ray, got 'slurm'"),
         (["--gpus", "1"], "--gpus is used with --executor ray only, got 1; leave it out"),
+        (["--executor", "ray", "--workers", "3"], "with --executor pool only, got 3; leave it out"),
         (["--resume"], "holds no benchmark to resume; leave --resume out to start one"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other; give one"),
     ],
@@ -378,12 +379,15 @@ def test_an_agent_sees_every_suite_as_in_its_training(tmp_path):
     assert (there.observation, there.grid) == ("scaled", "log")
 
 
-def test_results_of_another_budget_are_refused(done, fails):
+@pytest.mark.parametrize(("name", "before", "now"), [("episodes", 4, 8), ("test_instances", 2, 3)])
+def test_results_of_another_budget_or_on_other_instances_are_refused(
+    done, fails, name, before, now
+):
     path, out = done
-    said = fails("benchmark", path, "--out", out, "--resume", "--set", "episodes=8")
-    assert "`episodes` must be 4 as in the other results in " in said
-    assert "which would not be comparable, got 8; set it so, or choose another --out" in said
-    assert json.loads((out / "manifest.json").read_text())["settings"]["episodes"] == 4
+    said = fails("benchmark", path, "--out", out, "--resume", "--set", f"{name}={now}")
+    assert f"`{name}` must be {before} as in the other results in " in said
+    assert f"which would not be comparable, got {now}; set it so, or choose another --out" in said
+    assert json.loads((out / "manifest.json").read_text())["settings"][name] == before
 
 
 def test_training_seeds_are_added(done, asg, inline):
@@ -405,6 +409,34 @@ def test_two_commands_at_work_in_one_folder_are_refused(done, fails):
     with FileLock(out / ".lock"):
         said = fails("benchmark", path, "--out", out, "--resume")
     assert "another `asg benchmark` is at work in " in said
+
+
+def test_overwriting_keeps_the_lock(done, asg, fails, monkeypatch):
+    path, out = done
+
+    def look(*_):
+        said.append(fails("benchmark", path, "--out", out, "--resume"))
+        return iter(())
+
+    said = []
+    monkeypatch.setattr(agents.cli.benchmark, "run_in_pool", look)
+    asg("benchmark", path, "--out", out, "--overwrite")
+    assert "another `asg benchmark` is at work in " in said[0]
+
+
+def test_numbers_of_before_are_gone_once_more_is_to_be_done(done, asg, monkeypatch):
+    path, out = done
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agents.cli.benchmark, "run_in_pool", stop)
+    assert asg("benchmark", path, "--out", out, "--resume", "--set", "seeds=3").status != 0
+    assert not (out / "results.json").exists()
+    assert asg("report", out).status == 0
+    assert "trials are finished; the numbers are of what is there" in (
+        (out / "report.html").read_text(encoding="utf-8")
+    )
 
 
 def test_a_folder_of_something_else_is_left_alone(fails, finished, tmp_path):
@@ -452,7 +484,7 @@ def test_dry_run_names_every_trial_and_writes_nothing(asg, tmp_path):
     assert "evolved on scale seed 1" in result.out
     # Four trainings of 4 episodes, two searches; 4 test instances for each of the 8 trials.
     assert "8 trials, about 64 episodes; at " in result.out
-    assert "minutes with 2 worker(s)" in result.out
+    assert "minutes with 2 at a time" in result.out
     assert not (tmp_path / "out").exists()
 
 

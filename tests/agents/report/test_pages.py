@@ -62,7 +62,7 @@ def test_benchmark_page_holds_methods_numbers_and_warnings(benchmark, pages, rea
     summary = json.loads((benchmark / "results.json").read_text())
     assert len(summary["comparisons"]) == 4
     for comparison in summary["comparisons"]:
-        said = warnings(comparison, summary["seeds"])
+        said = warnings(comparison)
         assert len(said) == 2
         assert all(warning in words for warning in said)
         for entry in comparison["methods"]:
