@@ -7,10 +7,10 @@ seeds and instances behind it (`widened`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -173,7 +173,7 @@ def widened(
     for deleted in without:
         n = len(deleted)
         variance = (n - 1) * np.var(deleted, axis=0)
-        ratio = (student_quantile(1 - tail, n - 1) / normal) ** 2
+        ratio = (stdtrit(n - 1, 1 - tail) / normal) ** 2
         wanted, present = wanted + ratio * variance, present + variance * (n - 1) / n
         largest = max(largest, ratio * n / (n - 1))
     # No single unit matters, yet the resamples may vary: as if all of it were the rarest factor's.
@@ -183,16 +183,3 @@ def widened(
         np.clip(value + factor * (low - value), *bounds),
         np.clip(value + factor * (high - value), *bounds),
     )
-
-
-@cache
-def student_quantile(level: float, freedom: int) -> float:
-    """Quantile of Student's t distribution for `level` > 1/2, to about seven digits.
-
-    With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1).
-    """
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp((2 * level - 1) * mass[-1], mass, angles)
-    return float(np.sqrt(freedom) * np.tan(angle))

@@ -1,9 +1,6 @@
 """Episodes, and the worker processes that run them."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from agents.policy import Policy
 from asg_env.config import EnvSettings
 from asg_env.env import LayerwiseLREnv
 from asg_env.instances import Instance
+from asg_env.processes import follow_parent
 
 
 @dataclass(frozen=True)
@@ -136,21 +134,12 @@ _worker: Any = None  # what the jobs of this process work with, or why there is 
 
 def _start_worker(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    follow_parent()
     torch.set_num_threads(1)
     try:
         _worker = build(*arguments)
     except Exception as error:  # raised here, it would break the pool and be lost: see `_call`
         _worker = error
-
-
-def _die_with_parent() -> None:
-    """End this worker when the main process is gone, killed for instance."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:

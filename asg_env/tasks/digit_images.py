@@ -149,7 +149,7 @@ def _handwritten(image_size: int, classes: tuple[int, ...]) -> Arrays:
 
 def _smaller_scans(image_size: int, classes: tuple[int, ...]) -> Arrays:
     """The target domain in the 8 x 8 scans of scikit-learn, enlarged; other writers, other ink."""
-    from sklearn.datasets import load_digits  # comes with mlxtend
+    from sklearn.datasets import load_digits
 
     found = load_digits()
     scans = [Image.fromarray((scan * (255 / 16)).astype(np.uint8)) for scan in found.images]

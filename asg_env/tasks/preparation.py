@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from asg_env.files import replacing
+from asg_env.processes import follow_parent
 from asg_env.tasks.listing import DataError, Listing
 from asg_env.tasks.store import (
     MANIFEST,
@@ -307,17 +306,4 @@ def _check_broken(
 def _pool(workers: int) -> Executor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End this worker when the main process is gone, killed for instance."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)

@@ -405,6 +405,6 @@ def test_prepare_goes_on_after_the_disk_was_full(tree, out, monkeypatch, referen
 
 
 def test_prepare_says_so_when_a_worker_is_killed(tree, out, monkeypatch):
-    monkeypatch.setattr(preparation, "_start_worker", functools.partial(os._exit, 1))
+    monkeypatch.setattr(preparation, "follow_parent", functools.partial(os._exit, 1))
     with pytest.raises(DataError, match=r"a worker process was killed .* with fewer --workers"):
         prepare(tree, out)
