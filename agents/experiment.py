@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from importlib.resources import files
@@ -222,12 +222,16 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def env_settings(
-    task: str, overrides: Sequence[str] = (), start: Mapping[str, Any] | None = None
+    task: str,
+    overrides: Sequence[str] = (),
+    start: Mapping[str, Any] | None = None,
+    unused: Collection[str] = (),
 ) -> EnvSettings:
     """Return settings of a task: its defaults, or `start`, changed by `env.key=value` each.
 
     Raises:
-        ConfigError: There is no such task, or a value cannot be used.
+        ConfigError: There is no such task, a value cannot be used, or an override is of a setting
+            that the caller names as one it makes no use of.
     """
     if task not in TASK_MODULES:
         raise ConfigError(
@@ -238,6 +242,10 @@ def env_settings(
     for override, parts, _ in assignments:
         if len(parts) < 2 or parts[0] != "env":
             raise ConfigError(f"--set must look like env.root=DIR here, got {override!r}")
+        if parts[1] in unused:
+            raise ConfigError(
+                f"`env.{parts[1]}` changes nothing in this command, got {override!r}; leave it out"
+            )
     assign(values, assignments)
     return validate(settings_class(task), values["env"], "env")
 

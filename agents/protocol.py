@@ -27,6 +27,9 @@ from asg_env.validation import ConfigError
 EVALUATION_SEED = 0  # of sampled actions, searches and resamples
 CONTROLLER_ROWS = {False: "controller (sampled)", True: "controller (greedy)"}
 MODE = "mode.json"  # what a benchmark chose, in the folder of a training seed
+# What controllers must have been trained with alike, beside images, network and inner steps, for
+# their networks to be compared.
+SAME_PROBLEM = ("batch_size", "metric", "flip_average")
 MODE_INSTANCES = 8  # train instances on which greedy or sampled actions are chosen
 
 

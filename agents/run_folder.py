@@ -24,14 +24,11 @@ class RunFolder:
         self.path, self.experiment = path, experiment
 
     @classmethod
-    def create(
-        cls, path: Path, experiment: Experiment, resume: bool, overwrite: bool
-    ) -> "RunFolder":
-        """Start a run folder, or go on with one.
+    def check_place(cls, path: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
+        """Find out whether a run may start, or go on, in a folder; writes nothing.
 
         Raises:
-            ConfigError: The folder holds a run already, or another one than is resumed, or
-                cannot be written.
+            ConfigError: The folder holds a run already, or another one than is resumed.
         """
         config = path / "config.yaml"
         if resume and overwrite:
@@ -52,16 +49,28 @@ class RunFolder:
                     f"{path} holds a run of other settings; resume it with those, "
                     "or choose another --out"
                 )
-            run = cls(path, experiment)
-            run._note_resumption()
-            return run
-        if config.exists() and not (path / "provenance.json").exists():
+        elif config.exists() and not (path / "provenance.json").exists():
             raise ConfigError(
                 f"{path} holds a config.yaml but no provenance.json, so it may be no run; "
                 "delete it yourself or choose another --out"
             )
+
+    @classmethod
+    def create(
+        cls, path: Path, experiment: Experiment, resume: bool, overwrite: bool
+    ) -> "RunFolder":
+        """Start a run folder, or go on with one.
+
+        Raises:
+            ConfigError: As in `check_place`, or the folder cannot be written.
+        """
+        cls.check_place(path, experiment, resume, overwrite)
+        if resume:
+            run = cls(path, experiment)
+            run._note_resumption()
+            return run
         try:
-            if config.exists():
+            if (path / "config.yaml").exists():
                 shutil.rmtree(path)
             return cls.start(path, experiment)
         except OSError as error:

@@ -46,7 +46,7 @@ from asg_env.build import task_of
 from asg_env.core.seeding import derive_seed, numpy_generator
 from asg_env.core.telemetry import Telemetry
 from asg_env.core.trainer import Trainer
-from asg_env.instances import Instance
+from asg_env.instances import TEST_INSTANCES, Instance
 from asg_env.validation import ConfigError
 
 Vectors = Sequence[Sequence[float]]  # multipliers, of equal parts of the training x layer groups
@@ -263,6 +263,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    for name, bound in (("seeds", math.inf), ("tests", TEST_INSTANCES)):
+        value = getattr(arguments, name)
+        if not 1 <= value <= bound:
+            parser.error(f"--{name} must be from 1 to {bound}, got {value}; set it so")
     torch.set_num_threads(1)  # bits change with the thread count
     try:
         found = run(

@@ -221,15 +221,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists; choose another --out")
-    best = search(
-        arguments.kind,
-        arguments.candidates,
-        arguments.episodes,
-        arguments.instances,
-        arguments.seed,
-        arguments.workers,
-        arguments.out,
-    )
+    try:
+        best = search(
+            arguments.kind,
+            arguments.candidates,
+            arguments.episodes,
+            arguments.instances,
+            arguments.seed,
+            arguments.workers,
+            arguments.out,
+        )
+    except ConfigError as error:
+        parser.error(str(error))
     for kind, row in best.items():
         print(f"\n# {kind}, candidate {row['candidate']}: {row['score']} ± {row['deviation']}")
         settings = json.loads(row["settings"])

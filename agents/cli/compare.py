@@ -24,6 +24,9 @@ from asg_env.validation import ConfigError, validate
 from asg_env.yaml_files import read_yaml
 
 SPLITS = ("outer_valid", "inner_valid")
+# All rows are tested on the instances of `fixed`; rules neither observe nor act, and a controller
+# does both as it was trained.
+UNUSED = ("instances", "split", "action", "grid", "observation", "start_multiplier")
 
 
 def compare_command(
@@ -48,7 +51,7 @@ def compare_command(
     """Train with every way to keep what the network knows; write table, claims and figure."""
     if tune_on not in SPLITS:
         raise ConfigError(f"--tune-on must be one of {', '.join(SPLITS)}, got '{tune_on}'")
-    settings = env_settings(task, overrides or ())
+    settings = env_settings(task, overrides or (), unused=UNUSED)
     wanted = validate(ComparisonSettings, read_yaml(config_path("compare", rows)), rows)
     plan = Plan(task, settings, wanted, controller or ())
     loaded = checked_task(task, settings)

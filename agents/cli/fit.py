@@ -45,6 +45,9 @@ from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
 from asg_env.validation import ConfigError, validate
 
+UNUSED = ("instances", "split")  # --seed and --scale say which instance
+OF_A_CONTROLLER = ("observation", "action", "grid", "start_multiplier")
+
 
 def fit_command(
     task: Annotated[str, typer.Argument(help="Task id, such as ASG/Digits-v0.")],
@@ -99,12 +102,11 @@ def fit_command(
         start = run.experiment.env.model_dump(exclude_none=True)
         policy = policy_of_seed(run, training_seed)
         greedy = acts_greedily(run, training_seed) if greedy is None else greedy
-    settings = env_settings(task, overrides or (), start)
+    unused = UNUSED if policy is not None else (*UNUSED, *OF_A_CONTROLLER)
+    settings = env_settings(task, overrides or (), start, unused)
     windows = settings.windows()
     if policy is not None:
-        _check_unchanged(
-            settings, start, ("observation", "action", "grid", "start_multiplier"), "controller"
-        )
+        _check_unchanged(settings, start, OF_A_CONTROLLER, "controller")
         learned_terms = validate(type(settings), start, "env").further_terms()
         if settings.observation in NEED_INNER_VALID and settings.further_terms() != learned_terms:
             raise ConfigError(

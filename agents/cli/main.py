@@ -63,14 +63,19 @@ def train_command(
     """Train a controller, compare it with the baselines, export its schedule, draw the result."""
     loaded = load_experiment(experiment, settings or ())
     loaded.check()
-    run = None if dry_run else RunFolder.create(out, loaded, resume, overwrite)
+    run = None
+    if dry_run:
+        RunFolder.check_place(out, loaded, resume, overwrite)
+    else:
+        run = RunFolder.create(out, loaded, resume, overwrite)
     try:
         minutes = estimate_minutes(loaded, episodes_of_comparison(loaded, len(loaded.layer_groups)))
         console.print(
             f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
             f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
-            f"{loaded.train.workers} worker(s)\nestimate: {minutes['training']:.1f} minutes of "
-            f"training, then {minutes['comparison']:.1f} of comparison"
+            f"{loaded.train.workers} worker(s)\nestimate{' of the whole run' if resume else ''}: "
+            f"{minutes['training']:.1f} minutes of training, then "
+            f"{minutes['comparison']:.1f} of comparison"
         )
         if run is None:
             return

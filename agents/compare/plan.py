@@ -12,7 +12,7 @@ from pydantic import Field
 from agents.baselines import Controller
 from agents.fit import LiveController
 from agents.policy import Policy
-from agents.protocol import acts_greedily, reads_real_labels, reward_in_words
+from agents.protocol import SAME_PROBLEM, acts_greedily, reads_real_labels, reward_in_words
 from agents.rules import RULES
 from agents.run_folder import RunFolder
 from agents.train import load_policies
@@ -38,7 +38,6 @@ OWN_SETTINGS = (
     "compile",
     "deterministic",
 )
-SAME_FOR_CONTROLLERS = ("batch_size", "metric", "flip_average")
 
 
 def _controller_name(number: int) -> str:
@@ -266,7 +265,7 @@ class Plan:
                 f"--controller {path} trains for {theirs} inner steps, the other rows for {ours}; "
                 "set env.horizon and env.inner_steps to the controller's with --set"
             )
-        for name in SAME_FOR_CONTROLLERS:
+        for name in SAME_PROBLEM:
             then, now = getattr(experiment.env, name), getattr(self.env, name)
             if then != now:
                 raise ConfigError(

@@ -277,6 +277,14 @@ def test_compare_refuses_an_unknown_file_of_rows(fails, tmp_path):
         (["--workers", "0"], "--workers"),
         (["--set", "env.guidance=magic"], "`env.guidance` must name guidance terms of kl"),
         (["--set", "env.horizon=0"], "`env.horizon` must be >= 1, got 0"),
+        *(
+            (
+                ["--set", override],
+                f"`{override.partition('=')[0]}` changes nothing in this command, got '{override}'"
+                "; leave it out",
+            )
+            for override in ("env.instances=unknown-scale", "env.action=box", "env.split=test")
+        ),
         (["--set", "seed=1"], "--set must look like env.root=DIR here, got 'seed=1'"),
         (["--loudly"], "--loudly"),
     ],

@@ -94,14 +94,16 @@ def test_train_refuses_an_unknown_experiment(fails, tmp_path):
 # Mistakes with the output folder
 
 
-def test_train_refuses_a_folder_that_holds_a_run(fails, write, run, no_estimate):
-    assert "already holds a run; add --resume" in fails("train", write(), "--out", run)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_train_refuses_a_folder_that_holds_a_run(fails, write, run, no_estimate, dry):
+    assert "already holds a run; add --resume" in fails("train", write(), "--out", run, *dry)
 
 
-def test_train_refuses_a_folder_that_is_not_empty(fails, write, no_estimate, tmp_path):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_train_refuses_a_folder_that_is_not_empty(fails, write, no_estimate, tmp_path, dry):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine", encoding="utf-8")
-    message = fails("train", write(), "--out", tmp_path / "out")
+    message = fails("train", write(), "--out", tmp_path / "out", *dry)
     assert "is not empty and holds no run" in message
 
 
@@ -116,6 +118,7 @@ def test_train_refuses_a_folder_below_a_file(fails, write, no_estimate, tmp_path
     [
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--resume", "--dry-run"], "holds no run to resume"),
     ],
 )
 def test_train_refuses_to_resume_nothing(fails, write, no_estimate, tmp_path, flags, message):
@@ -240,6 +243,8 @@ def test_fit_refuses_wrong_arguments(fails, tmp_path, arguments, message):
         ("env.lr_factor=warmup-poly", "`env.lr_factor` must be constant, as the schedule"),
         ("env.optimizer=adam", "`env.optimizer` must be sgd, as the schedule was learned with it"),
         ("env.speed=1", "`env.speed` is unknown"),
+        ("env.instances=unknown-scale", "`env.instances` changes nothing in this command, got"),
+        ("env.observation=asg", "`env.observation` changes nothing in this command, got"),
         ("train.workers=2", "--set must look like env.root=DIR here, got 'train.workers=2'"),
     ],
 )
@@ -401,6 +406,9 @@ def test_evaluate_refuses_to_compare_across_instance_sets(
     for name, changes, message in (
         ("fixed", {"env": {"instances": "fixed"}}, "compare runs on the same instances"),
         ("seeds", {"train": {"seeds": 3}}, "compare runs of as many seeds"),
+        ("digits", {"env": {"classes": [0, 1, 2, 3, 4]}}, "is on other images or another network"),
+        ("longer", {"env": {"horizon": 4}}, "trains with inner steps 8, this run with 6; compare"),
+        ("batch", {"env": {"batch_size": 16}}, "trains with env.batch_size 16, this run with 32;"),
     ):
         experiment = make_experiment(agent={"updates": 1}, **changes)
         other = RunFolder.create(tmp_path / name, experiment, False, False)
