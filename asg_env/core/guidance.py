@@ -22,7 +22,9 @@ from asg_env.core.teacher import LayerOutputs, Teacher
 
 IMPORTANCE_SEED = 0  # of images, shifts and labels that importances are estimated with
 PATH_STEPS, PATH_SHIFT, PATH_DAMPING = 50, 0.1, 0.1  # of Synaptic Intelligence
-FISHER_BATCHES = 4  # of training images
+# Of training images, whatever the batch size of the training: instances with batches of their own
+# share a network's importances.
+IMPORTANCE_BATCH, FISHER_BATCHES = 32, 4
 
 
 class GuidanceError(ValueError):

@@ -14,6 +14,7 @@ from asg_env.core.augmentation import Augmentation, AugmentationName
 from asg_env.core.data import DataOrder, HostImages, Split, place, to_device
 from asg_env.core.evaluation import Evaluation, evaluate_split, forward_all
 from asg_env.core.guidance import (
+    IMPORTANCE_BATCH,
     IMPORTANCE_SEED,
     TERMS,
     Guidance,
@@ -142,7 +143,7 @@ class Trainer:
         }
         order = DataOrder(
             len(self.splits["train"]),
-            self.settings.batch_size,
+            min(IMPORTANCE_BATCH, len(self.splits["train"])),
             derive_seed(IMPORTANCE_SEED, "guidance"),
             torch.device("cpu"),
         )

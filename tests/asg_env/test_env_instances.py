@@ -64,6 +64,19 @@ def test_an_instance_leaves_no_trace_in_the_next(make_env, identical):
     assert identical(rollout(env, bare), before)
 
 
+@pytest.mark.parametrize("term", ["ewc", "si"])
+def test_importances_do_not_depend_on_the_instance_that_came_first(make_env, identical, term):
+    settings = {**TINY, "instances": "mixed", "horizon": None, "guidance": {"kl": 0.1, term: 1.0}}
+    own = {"horizon": 2, "width": 0.5}  # a network that is built for the first such instance
+    last = Instance(DIGITS, 1, 2, batch_size=16, **own)
+    rollouts = []
+    for first in (16, 64):
+        env = make_env(**settings)
+        env.reset(options={"instance": Instance(DIGITS, 3, 4, batch_size=first, **own)})
+        rollouts.append(rollout(env, last))
+    assert identical(*rollouts)
+
+
 def test_snapshots_replay_across_instances(make_env, identical):
     env = make_env(instances="mixed", horizon=None, **TINY)
     own = Instance(DIGITS, 1, 2, 0.5, **OWN)
