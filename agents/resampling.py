@@ -40,7 +40,7 @@ def weighted_iqm(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def canonical_order(
-    cells: np.ndarray, sides: np.ndarray | None = None
+    cells: np.ndarray, sides: np.ndarray | None = None, strata: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Order of rows and columns by content alone, whatever order they come in.
 
@@ -54,6 +54,7 @@ def canonical_order(
     Args:
         cells: Shape (R, C), anything that `np.unique` can sort.
         sides: Whole numbers, shape (R,): rows of a lower side come first. None for one side.
+        strata: The same for columns, shape (C,).
 
     Returns:
         Indices of the rows, shape (R,), and of the columns, shape (C,).
@@ -61,7 +62,8 @@ def canonical_order(
     codes = np.unique(cells, return_inverse=True)[1].reshape(cells.shape)
     alike = ranks(codes)
     rows = np.zeros(len(codes), dtype=int) if sides is None else sides
-    rows, columns = _refine(codes, rows, np.zeros(cells.shape[1], dtype=int))
+    columns = np.zeros(cells.shape[1], dtype=int) if strata is None else strata
+    rows, columns = _refine(codes, rows, columns)
     while True:
         tied = [rank for rank in np.unique(rows) if len(np.unique(alike[rows == rank])) > 1]
         if not tied:

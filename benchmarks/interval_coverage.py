@@ -37,6 +37,7 @@ from agents.statistics import interquartile_mean
 from benchmarks.timing import write_json
 
 MEAN, SPREAD, LEAD = 0.6, 0.1, 0.05  # of normal scores; LEAD is the better agent's
+LEVELS = (0.25, 0.5, 0.55, 0.6)  # mean scores of four kinds of instance
 UNITS = (5, 10, 20, 40, 80)
 SEEDS, INSTANCES = (3, 5, 10, 20), (10, 20, 40)
 EFFECTS = {"weak": (0.1, 0.3), "strong": (0.5, 0.2)}  # variance shares of seeds and instances
@@ -193,6 +194,32 @@ def others(seeds: int, repeats: int, generator: np.random.Generator) -> Iterator
     yield from ((name, count / repeats) for name, count in held.items())
 
 
+def of_kinds(
+    shape: tuple[int, int], repeats: int, generator: np.random.Generator
+) -> tuple[dict[str, float], float]:
+    """Coverage where instances are of the kinds of `LEVELS`, (seeds, instances of each kind).
+
+    Returns:
+        By how resamples are drawn, and the width with as many of each kind over that without.
+    """
+    seeds, each = shape
+    levels = np.repeat(LEVELS, each)
+    normal_scores = stats.norm.ppf((np.arange(25_000) + 0.5) / 25_000) * SPREAD
+    everything = np.clip(np.add.outer(LEVELS, normal_scores), 0, 1)
+    truth = interquartile_mean(everything.reshape(-1))
+    strata = np.repeat(np.arange(len(LEVELS)), each)
+    held, widths = np.zeros(2), np.zeros(2)
+    for _ in range(repeats):
+        values = latent((seeds, len(levels)), EFFECTS["strong"], generator)
+        scores = np.clip(levels + SPREAD * values, 0, 1)
+        for place, of in enumerate((None, strata)):
+            found = aggregate_iqm(scores, generator, of)
+            held[place] += found.low <= truth <= found.high
+            widths[place] += found.high - found.low
+    shares = dict(zip(("all alike", "as many of each kind"), held / repeats, strict=True))
+    return shares, float(widths[1] / widths[0])
+
+
 def cell(share: float, repeats: int) -> str:
     """Per cent with the standard error of the last digit in brackets, as in 94.8(5)."""
     error = np.sqrt(share * (1 - share) / repeats)
@@ -200,7 +227,7 @@ def cell(share: float, repeats: int) -> str:
 
 
 def main() -> None:
-    """Print three tables: independent units, seeds x instances, the other statistics."""
+    """Print tables: independent units, seeds x instances, other statistics, several kinds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2000, help="of independent units")
     parser.add_argument("--crossed-repeats", type=int, default=400, help="of seeds x instances")
@@ -246,6 +273,14 @@ def main() -> None:
             _print_row(["seeds", *shares_of], heading=True)
         _print_row([seeds, *(cell(share, repeats) for share in shares_of.values())])
         raw[f"others, {seeds}"] = shares_of
+    print(f"\nInstances of {len(LEVELS)} kinds, strong seed effect, {repeats} repeats\n")
+    for index, (seeds, each) in enumerate((s, i) for s in SEEDS for i in (5, 10)):
+        shares_of, width = of_kinds((seeds, each), repeats, generator)
+        if index == 0:
+            _print_row(["seeds", "instances of each kind", *shares_of, "width"], heading=True)
+        shares = [cell(share, repeats) for share in shares_of.values()]
+        _print_row([seeds, each, *shares, f"{width:.2f}"])
+        raw[f"kinds, {seeds} x {each}"] = shares_of
     print(f"\n{time.process_time() - began:.0f} s of processor time")
     write_json(arguments.out, {"coverage": raw, "arguments": vars(arguments)})
 

@@ -66,8 +66,8 @@ def summarise_benchmark(
     return {
         "suites": version_of(results),
         "statistic": "interquartile mean over training seeds x test instances",
-        "interval": "95 %, stratified bootstrap: resamples seeds, then instances; differences "
-        "paired by instance",
+        "interval": "95 %, stratified bootstrap: resamples seeds, then instances, as many of each "
+        "kind as there are where kinds are set apart; differences paired by instance",
         "episodes": settings.episodes,
         "seeds": max([settings.seeds, *(e["seeds"] for c in comparisons for e in c["methods"])]),
         "test_instances": settings.test_instances,
@@ -111,6 +111,7 @@ def _comparison(
     # All are of one version of the suite, so of one metric, which older files do not name.
     metric = next((judged["metric"] for judged in every if "metric" in judged), "accuracy")
     kinds = _places(every[0]["results"])
+    strata = _strata(kinds, len(every[0]["results"]))
     kind_by_method = {method: rows[0]["kind"] for method, rows in methods.items()}
 
     def best(*groups: str) -> str | None:
@@ -134,12 +135,16 @@ def _comparison(
             "settings": sorted({judged["setting"] for judged in rows}),
             "seeds": len(values),
             "instances": values.shape[1],
-            "iqm": aggregate_iqm(values, stream(method)).to_dict(),
+            "iqm": aggregate_iqm(values, stream(method), strata).to_dict(),
             "mean": float(values.mean()),
             "diverged": float(diverged.mean()),
             "retention": _mean([one["retention"] for one in units]),
-            "optimality_gap": optimality_gap(values, stream(method, "gap"), GAMMA).to_dict(),
-            "profile": performance_profile(values, THRESHOLDS, stream(method, "profile")).to_dict(),
+            "optimality_gap": optimality_gap(
+                values, stream(method, "gap"), GAMMA, strata
+            ).to_dict(),
+            "profile": performance_profile(
+                values, THRESHOLDS, stream(method, "profile"), strata
+            ).to_dict(),
             "on_train_instances": selected.get(method),
             "cost": {
                 key: float(np.mean([judged["cost"].get(key, 0) for judged in rows]))
@@ -151,10 +156,10 @@ def _comparison(
         if first is not None and method != first:
             pair = (scores[first], values)
             entry["best_agent_minus_this"] = iqm_difference(
-                *pair, stream(method, "difference")
+                *pair, stream(method, "difference"), strata
             ).to_dict()
             entry["chance_that_best_agent_is_better"] = probability_of_improvement(
-                *pair, stream(method, "improvement")
+                *pair, stream(method, "improvement"), strata
             ).to_dict()
         entries.append(entry)
     return {
@@ -188,6 +193,17 @@ def _places(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
         for kind in kinds.split(", "):
             found.setdefault(kind, []).append(place)
     return {kind: found[kind] for kind in sorted(found) if len(found[kind]) < len(records)}
+
+
+def _strata(kinds: Places, count: int) -> list[int] | None:
+    """Kind of each test instance as a number; None where one may be of several kinds, or all alike.
+
+    `mixed` varies everything at once: nearly every instance would be a kind for itself.
+    """
+    if not kinds or sum(map(len, kinds.values())) != count:
+        return None
+    of = {place: number for number, places in enumerate(kinds.values()) for place in places}
+    return [of[place] for place in range(count)]
 
 
 def _by_kind(values: np.ndarray, diverged: np.ndarray, kinds: Places) -> dict[str, Any]:

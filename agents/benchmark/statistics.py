@@ -4,8 +4,11 @@ After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Sta
 Precipice". Scores lie in [0, 1], higher is better, and a diverged run scores 0. An agent's scores
 are an array of shape (S, I): S training seeds, each tested on the same I instances.
 
-Each resample draws seeds, then instances. Instead of the paper's percentile intervals all are
-`resampling.widened`, which differ where seeds are few. Where all runs agree (all 1, or one agent
+Each resample draws seeds, then instances. Where a suite has instances of several kinds (`strata`),
+a resample holds as many of each kind as the suite does: how the suite was put together is no matter
+of chance, and kinds may differ more than anything else does. Each kind is then a factor of its own,
+like the seeds. Instead of the paper's percentile intervals all are `resampling.widened`, which
+differ where seeds are few. Where all runs agree (all 1, or one agent
 always ahead) no resample differs, and an interval of no width says only that. No permutation of
 seeds, or of instances in all arrays that share them, changes any result.
 """
@@ -21,9 +24,12 @@ from agents.resampling import (
     crossed,
     draw_counts,
     leave_one_out,
+    ranks,
     weighted_iqm,
     widened,
 )
+
+Strata = Sequence[int] | np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,28 @@ class Band:
         return lists
 
 
-def aggregate_iqm(scores: np.ndarray, generator: np.random.Generator) -> Interval:
+def aggregate_iqm(
+    scores: np.ndarray, generator: np.random.Generator, strata: Strata = None
+) -> Interval:
     """Interquartile mean of all units, with its bootstrap interval.
 
     Args:
         scores: Shape (S, I).
         generator: Source of the resamples.
+        strata: Kind of each instance, whole numbers, shape (I,). None: all are of one kind.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    (ordered,) = _ordered(scores)
-    return _interval(_iqm(ordered), ordered.shape, generator, (0.0, 1.0))
+    (ordered,), kinds = _ordered(scores, strata=strata)
+    return _interval(_iqm(ordered), [len(ordered), *kinds], generator, (0.0, 1.0))
 
 
 def iqm_difference(
-    scores: np.ndarray, minus: np.ndarray, generator: np.random.Generator
+    scores: np.ndarray,
+    minus: np.ndarray,
+    generator: np.random.Generator,
+    strata: Strata = None,
 ) -> Interval:
     """Difference of two agents' interquartile means, paired by instance.
 
@@ -81,21 +93,25 @@ def iqm_difference(
         scores: Shape (S, I).
         minus: The other agent's, shape (S', I) on the same instances.
         generator: Source of the resamples.
+        strata: Kind of each instance, whole numbers, shape (I,). None: all are of one kind.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    ours, theirs = _ordered(scores, minus)
+    (ours, theirs), kinds = _ordered(scores, minus, strata=strata)
     left, right = _iqm(ours), _iqm(theirs)
 
-    def difference(our: np.ndarray, their: np.ndarray, instances: np.ndarray) -> np.ndarray:
-        return np.asarray(left(our, instances) - right(their, instances))
+    def difference(our: np.ndarray, their: np.ndarray, *instances: np.ndarray) -> np.ndarray:
+        return np.asarray(left(our, *instances) - right(their, *instances))
 
-    return _interval(difference, (len(ours), *theirs.shape), generator, (-1.0, 1.0))
+    return _interval(difference, [len(ours), len(theirs), *kinds], generator, (-1.0, 1.0))
 
 
 def performance_profile(
-    scores: np.ndarray, thresholds: np.ndarray, generator: np.random.Generator
+    scores: np.ndarray,
+    thresholds: np.ndarray,
+    generator: np.random.Generator,
+    strata: Strata = None,
 ) -> Band:
     """Share of units with a score above each threshold.
 
@@ -103,37 +119,45 @@ def performance_profile(
         scores: Shape (S, I).
         thresholds: Shape (T,).
         generator: Source of the resamples.
+        strata: Kind of each instance, whole numbers, shape (I,). None: all are of one kind.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    (ordered,) = _ordered(scores)
+    (ordered,), kinds = _ordered(scores, strata=strata)
     thresholds = np.asarray(thresholds, dtype=float)
     above = _mean(ordered[..., None] > thresholds)
-    value, low, high = _bounded(above, ordered.shape, generator, (0.0, 1.0))
+    value, low, high = _bounded(above, [len(ordered), *kinds], generator, (0.0, 1.0))
     return Band(thresholds, value, low, high)
 
 
 def optimality_gap(
-    scores: np.ndarray, generator: np.random.Generator, gamma: float = 1.0
+    scores: np.ndarray,
+    generator: np.random.Generator,
+    gamma: float = 1.0,
+    strata: Strata = None,
 ) -> Interval:
     """Mean over units of what they lack to `gamma`: max(gamma - score, 0); lower is better.
 
     Args:
         scores: Shape (S, I).
         generator: Source of the resamples.
+        strata: Kind of each instance, whole numbers, shape (I,). None: all are of one kind.
         gamma: The score beyond which no more is asked for, > 0.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    (ordered,) = _ordered(scores)
+    (ordered,), kinds = _ordered(scores, strata=strata)
     gap = _mean(np.maximum(gamma - ordered, 0.0))
-    return _interval(gap, ordered.shape, generator, (0.0, gamma))
+    return _interval(gap, [len(ordered), *kinds], generator, (0.0, gamma))
 
 
 def probability_of_improvement(
-    scores: np.ndarray, others: np.ndarray, generator: np.random.Generator
+    scores: np.ndarray,
+    others: np.ndarray,
+    generator: np.random.Generator,
+    strata: Strata = None,
 ) -> Interval:
     """Chance that a training of one agent beats one of another on an instance, a tie being half.
 
@@ -145,20 +169,21 @@ def probability_of_improvement(
         scores: Shape (S, I).
         others: The other agent's, shape (S', I) on the same instances.
         generator: Source of the resamples.
+        strata: Kind of each instance, whole numbers, shape (I,). None: all are of one kind.
 
     Raises:
         ValueError: Scores are not of that shape, or not in [0, 1].
     """
-    ours, theirs = _ordered(scores, others)
+    (ours, theirs), kinds = _ordered(scores, others, strata=strata)
     left, right = ours[:, None], theirs[None]
     won = ((left > right) + 0.5 * (left == right)).reshape(-1, ours.shape[1])  # (S * S', I)
 
-    def chance(our: np.ndarray, their: np.ndarray, instances: np.ndarray) -> np.ndarray:
-        seeds = crossed(our, their)
+    def chance(our: np.ndarray, their: np.ndarray, *kinds_drawn: np.ndarray) -> np.ndarray:
+        seeds, instances = crossed(our, their), np.concatenate(kinds_drawn, axis=1)
         by_instance = seeds @ won / seeds.sum(axis=1, keepdims=True)
         return np.asarray((by_instance * instances).sum(axis=1) / instances.sum(axis=1))
 
-    return _interval(chance, (len(ours), *theirs.shape), generator, (0.0, 1.0))
+    return _interval(chance, [len(ours), len(theirs), *kinds], generator, (0.0, 1.0))
 
 
 def sample_efficiency(
@@ -239,25 +264,29 @@ def _interval(
 
 
 def _iqm(units: np.ndarray) -> Callable[..., np.ndarray]:
-    """IQM of units, (S, I), as a function of the counts of seeds and instances."""
+    """IQM of units, (S, I), as a function of the counts of seeds and of each kind of instances."""
     flat = units.reshape(-1)
-    return lambda *counts: weighted_iqm(flat, crossed(*counts))
+    return lambda seeds, *kinds: weighted_iqm(flat, crossed(seeds, np.concatenate(kinds, axis=1)))
 
 
 def _mean(units: np.ndarray) -> Callable[..., np.ndarray]:
-    """Mean over units, (S, I, ...), as a function of the counts of seeds and instances."""
+    """Mean over units, (S, I, ...), as a function of the counts that `_iqm` takes."""
     flat = units.reshape(-1, *units.shape[2:]).astype(float)
 
-    def mean(*counts: np.ndarray) -> np.ndarray:
-        weights = crossed(*counts)
+    def mean(seeds: np.ndarray, *kinds: np.ndarray) -> np.ndarray:
+        weights = crossed(seeds, np.concatenate(kinds, axis=1))
         total = weights.sum(axis=1).reshape(-1, *[1] * (flat.ndim - 1))
         return np.asarray(weights @ flat / total)
 
     return mean
 
 
-def _ordered(*agents: np.ndarray) -> list[np.ndarray]:
-    """Scores of each agent, checked, in canonical order: the instances in one order for all."""
+def _ordered(*agents: np.ndarray, strata: Strata) -> tuple[list[np.ndarray], list[int]]:
+    """Bring the scores of each agent into canonical order, the instances in one order for all.
+
+    Returns:
+        The scores, checked, and how many instances there are of each kind, in their order.
+    """
     checked = [np.asarray(scores, dtype=float) for scores in agents]
     for scores in checked:
         if scores.ndim != 2 or not scores.size:
@@ -269,11 +298,15 @@ def _ordered(*agents: np.ndarray) -> list[np.ndarray]:
     counts = [scores.shape[1] for scores in checked]
     if len(set(counts)) > 1:
         raise ValueError(f"both agents must have the same instances, got {counts}")
+    kinds = np.zeros(counts[0], dtype=int) if strata is None else ranks(np.asarray(strata)[:, None])
+    if len(kinds) != counts[0]:
+        raise ValueError(f"`strata` must name the kind of {counts[0]} instances, got {len(kinds)}")
     sizes = [len(scores) for scores in checked]
     stacked = np.concatenate(checked)
-    rows, columns = canonical_order(stacked, np.repeat(np.arange(len(sizes)), sizes))
+    rows, columns = canonical_order(stacked, np.repeat(np.arange(len(sizes)), sizes), kinds)
     ordered = stacked[rows][:, columns]
-    return [np.ascontiguousarray(part) for part in np.split(ordered, np.cumsum(sizes)[:-1])]
+    parts = [np.ascontiguousarray(part) for part in np.split(ordered, np.cumsum(sizes)[:-1])]
+    return parts, np.bincount(kinds).tolist()
 
 
 def _refuse_scores_outside(scores: np.ndarray) -> None:

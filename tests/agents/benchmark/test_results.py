@@ -271,6 +271,21 @@ def test_a_failure_on_one_kind_shows_though_the_iqm_of_all_hides_it(tmp_path):
     assert "| 0.000, 100% diverged | 0.650 | 0.620 |" in text
 
 
+@pytest.mark.parametrize(
+    ("kinds", "drawn_too"),
+    [(TRANSFER, False), (({}, {"optimizer": "adam", "width": 2.0}), True)],
+    ids=["one kind each", "several kinds each"],
+)
+def test_intervals_do_not_hold_what_kinds_differ_by(tmp_path, kinds, drawn_too):
+    rows = records(kinds=kinds)
+    for place, one in enumerate(rows):
+        one["accuracy"] = 0.2 + 0.1 * (place % len(kinds))
+    (entry,) = summarise_benchmark(
+        write_trial(tmp_path, "mine", rows=rows), benchmark_of(["mine"]), tmp_path
+    )["comparisons"][0]["methods"]
+    assert (entry["iqm"]["high"] - entry["iqm"]["low"] > 0.01) == drawn_too
+
+
 def test_instances_of_several_settings_are_of_a_kind_by_each(tmp_path):
     mixed = [{"optimizer": o, "horizon": h} for o in ("adam", "sgd") for h in (10, 20)]
     summary = summarise_benchmark(

@@ -336,3 +336,76 @@ def test_agents_on_different_instances_are_refused(statistic):
 def test_curves_that_do_not_match_are_refused(budgets, scores, message):
     with pytest.raises(ValueError, match=message):
         sample_efficiency(budgets, scores, rng())
+
+
+# Instances of several kinds
+
+
+def of_two_kinds(kinds=(0.2, 0.6), seeds=4, each=5, noise=0.0):
+    """Scores of instances of two kinds, in turns, and the kinds."""
+    strata = np.tile([0, 1], each)
+    scores = np.array(kinds)[strata] + noise * rng(3).random((seeds, 2 * each))
+    return scores, strata
+
+
+def every_interval(scores, others, strata):
+    yield aggregate_iqm(scores, rng(1), strata)
+    yield optimality_gap(scores, rng(1), 1.0, strata)
+    yield iqm_difference(scores, others, rng(1), strata)
+    yield probability_of_improvement(scores, others, rng(1), strata)
+
+
+def test_what_kinds_differ_by_is_no_part_of_an_interval():
+    scores, strata = of_two_kinds()
+    for interval in every_interval(scores, scores / 2, strata):
+        assert interval.low == pytest.approx(interval.high, abs=1e-12)
+    drawn_too = aggregate_iqm(scores, rng(1))
+    assert drawn_too.high - drawn_too.low > 0.1
+    band = performance_profile(scores, np.array([0.1, 0.4, 0.9]), rng(1), strata)
+    np.testing.assert_allclose([band.low, band.high], [[1, 0.5, 0], [1, 0.5, 0]], atol=1e-12)
+
+
+def test_one_kind_is_as_none():
+    scores, _ = of_two_kinds(noise=0.3)
+    left = every_interval(scores, scores / 2, None)
+    right = every_interval(scores, scores / 2, [7] * 10)
+    assert list(map(ends, left)) == list(map(ends, right))
+
+
+def test_stratified_interval_comes_from_the_same_resamples_as_a_direct_computation():
+    scores, strata = of_two_kinds(noise=0.3)
+    rows, columns = canonical_order(scores, strata=strata)
+    ordered = scores[rows][:, columns]
+    counts = draw_counts((4, 5, 5), 400, rng(1))
+
+    def trimmed(seeds, first, second):
+        drawn = np.repeat(np.arange(10), [*first, *second])
+        return stats.trim_mean(ordered[np.repeat(np.arange(4), seeds)][:, drawn].reshape(-1), 0.25)
+
+    draws = np.array([trimmed(*drawn) for drawn in zip(*counts, strict=True)])
+    once = [np.ones(n, dtype=int) for n in (4, 5, 5)]
+    without = [
+        np.array(
+            [
+                trimmed(*(c - (np.arange(len(c)) == i) * (k == f) for k, c in enumerate(once)))
+                for i in range(len(once[f]))
+            ]
+        )
+        for f in range(3)
+    ]
+    expected = widened(trimmed(*once), draws, without)
+    interval = aggregate_iqm(scores, rng(1), strata)
+    assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-12)
+
+
+def test_permuting_instances_with_their_kinds_changes_nothing():
+    scores, strata = of_two_kinds(noise=0.3)
+    order = rng(5).permutation(10)
+    left = every_interval(scores, scores**2, strata)
+    right = every_interval(scores[::-1][:, order], (scores**2)[:, order], strata[order])
+    assert list(map(ends, left)) == list(map(ends, right))
+
+
+def test_kinds_of_other_instances_are_refused():
+    with pytest.raises(ValueError, match="`strata` must name the kind of 8 instances, got 3"):
+        aggregate_iqm(agent(), rng(), [0, 1, 1])
