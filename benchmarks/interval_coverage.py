@@ -1,6 +1,6 @@
 """How often a 95 % interval of the interquartile mean holds the truth, as Markdown.
 
-    python -m benchmarks.interval_coverage      # about 9 minutes on one core
+    python -m benchmarks.interval_coverage      # about 14 minutes on one core
 
 Scores are simulated so that the truth is known: a latent normal value, of a seed effect, an
 instance effect and noise, becomes a uniform one and then a score of the wanted distribution. Its
@@ -273,6 +273,7 @@ def main() -> None:
             _print_row(["seeds", *shares_of], heading=True)
         _print_row([seeds, *(cell(share, repeats) for share in shares_of.values())])
         raw[f"others, {seeds}"] = shares_of
+    generator = np.random.default_rng(arguments.seed)  # whatever the tables before have drawn
     print(f"\nInstances of {len(LEVELS)} kinds, strong seed effect, {repeats} repeats\n")
     for index, (seeds, each) in enumerate((s, i) for s in SEEDS for i in (5, 10)):
         shares_of, width = of_kinds((seeds, each), repeats, generator)
