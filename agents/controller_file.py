@@ -1,5 +1,6 @@
 """A trained controller as one file: the weights of its network and what they are for."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from asg_env.files import replacing
 from asg_env.observations import Observation, ObservationName
 from asg_env.validation import ConfigError, Settings, validate
 
-Names = Annotated[tuple[str, ...], Strict(False)]  # a list, in JSON
+# Lists, in JSON.
+Names = Annotated[tuple[str, ...], Strict(False)]
+Windows = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)]
 
 
 class NetworkRecord(Settings):
@@ -69,11 +72,27 @@ class ControllerRecord(Settings):
     labels: Names  # of the entries of an observation with these layer groups
     horizon: Annotated[int, Field(ge=1)]  # decisions of a training
     inner_steps: Annotated[int, Field(ge=1)]  # of a training
+    growing_windows: Windows = ()  # inner steps from decision to decision, where they differ
     base_lr: Annotated[float, Field(gt=0)]
     optimizer: str
     momentum_form: MomentumForm
     lr_factor: LRFactor
     provenance: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> "ControllerRecord":
+        windows = self.growing_windows
+        if windows and (len(windows), sum(windows)) != (self.horizon, self.inner_steps):
+            raise ValueError(
+                f"`growing_windows` must be {self.horizon} that make {self.inner_steps} inner "
+                f"steps, got {len(windows)} that make {sum(windows)}"
+            )
+        return self
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Length of each window, in proportion."""
+        return self.growing_windows or (1,) * self.horizon
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,10 @@ class Controller:
 
     record: ControllerRecord
     weights: dict[str, Tensor]
+
+    def digest(self) -> str:
+        """SHA-256 of its file, which tells this controller from others."""
+        return hashlib.sha256(self._file()).hexdigest()
 
     def observation(self, layer_groups: Sequence[str]) -> Observation:
         """Return its encoding of a training with these layer groups."""
@@ -134,9 +157,11 @@ class Controller:
 
     def save(self, path: Path) -> None:
         """Write the file, to a temporary name first."""
-        metadata = {"controller": self.record.model_dump_json()}
         with replacing(path) as temporary:
-            temporary.write_bytes(save(self.weights, metadata))  # with the usual permissions
+            temporary.write_bytes(self._file())  # with the usual permissions
+
+    def _file(self) -> bytes:
+        return save(self.weights, {"controller": self.record.model_dump_json()})
 
 
 def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = None) -> Controller:
@@ -179,6 +204,7 @@ def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = 
         "labels": Observation(env.observation, groups, env.grid, env.further_terms()).labels,
         "horizon": len(windows),
         "inner_steps": sum(windows),
+        "growing_windows": windows if len(set(windows)) > 1 else (),
         "base_lr": env.base_lr,
         "optimizer": env.optimizer,
         "momentum_form": env.momentum_form,

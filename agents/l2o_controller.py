@@ -15,6 +15,7 @@ Example:
 import math
 import operator
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ class L2OController:
             same `name` (with and without weight decay, say) are one layer group.
         controller: A file of `asg export`, a run folder, or what `read_controller` returned.
         total_steps: Inner steps of the whole training, all epochs; steps of the optimizer.
-        every: Inner steps between decisions; by default as many decisions as in the trainings that
-            the controller was trained on, or as there are steps.
+        every: Inner steps between decisions; by default at the same shares of the training as
+            where the controller was trained, or as often as there are steps.
         classes: Of the task; an observation of `normalised` losses needs it.
         inner_valid: Returns the cross-entropy on held-out images of the *training* domain [nats];
             the observations `extended` and `normalised` need it. Called once a window.
@@ -83,11 +84,11 @@ class L2OController:
         self._optimizer, self._record = unwrapped(optimizer), record
         self._total = _whole("total_steps", total_steps)
         self._every = None if every is None else _whole("every", every, 1, self._total)
-        horizon = record.horizon
-        self._ends = {round(self._total * (i + 1) / horizon) for i in range(horizon)}
+        learned = sum(record.windows)
+        self._ends = {round(self._total * end / learned) for end in accumulate(record.windows)}
         self._owners, self.layer_groups = _layer_groups(self._optimizer)
         self._greedy = record.greedy if greedy is None else greedy
-        self._seed = _whole("seed", seed, 0)
+        self._seed, self._digest = _whole("seed", seed, 0), controller.digest()
         self._terms, self._inner_valid = record.encoding.terms, inner_valid
         self._chance_loss = 0.0
         if record.encoding.observation == "normalised":
@@ -127,7 +128,7 @@ class L2OController:
         self._storages = self._pointers()
         self._recorder = WindowRecorder(self._parameters)
         self._base_lrs = [
-            float(group.setdefault("initial_lr", group["lr"]))
+            float(group.setdefault("initial_lr", float(group["lr"])))  # a tensor is overwritten
             for group in self._optimizer.param_groups
         ]
         self._records: list[Tensor] = []  # of the window so far
@@ -256,6 +257,7 @@ class L2OController:
     def _identity(self) -> dict[str, Any]:
         """What a state must agree with."""
         return {
+            "controller": self._digest,
             "total_steps": self._total,
             "every": self._every,
             "layer_groups": list(self.layer_groups),
@@ -267,6 +269,9 @@ class L2OController:
 
     def _before_step(self, *_: Any) -> None:
         """Note where the window's last gradient was taken, before the optimizer uses it."""
+        overflow = getattr(self._optimizer, "found_inf", None)  # by a GradScaler, if it is fused
+        if overflow is not None and bool(overflow):
+            return  # its kernel leaves the weights alone
         self._unreported += 1
         if self._step is not None and self._step < self._total and not self.diverged:
             if self._ends_at(self._step + 1):

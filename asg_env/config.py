@@ -62,6 +62,11 @@ def _guidance(value: Any) -> Any:
             )
         if is_user_code(name):
             name = absolute(name)
+            if _label(name) in TAKEN:
+                raise ValueError(
+                    f"must name terms of one's own other than {', '.join(TAKEN)}, which are "
+                    f"reported anyway, got '{name}'; call the class something else"
+                )
         _guidance_entry(name, asked)
         short = isinstance(entry, Mapping) and set(asked) != {"weight"}
         entries[name] = asked if short else float(asked["weight"])
@@ -69,6 +74,10 @@ def _guidance(value: Any) -> Any:
     if len(set(labels)) < len(labels):
         raise ValueError(f"must name each term once, got {', '.join(labels)}")
     return entries
+
+
+# What terms of one's own cannot be called: `info` and observations hold these of every training.
+TAKEN = ("ce", "kl", "inner_valid_loss")
 
 
 def _guidance_entry(name: str, asked: dict[str, Any]) -> None:

@@ -212,7 +212,8 @@ def check_optimizer(
         uniform: All groups always have the same rate, or 0.
 
     Raises:
-        ValueError: It cannot take a rate for each group, or has another form of momentum.
+        ValueError: It cannot take a rate for each group, groups share one, or it has another form
+            of momentum.
     """
     inner = unwrapped(optimizer)
     name = type(inner).__name__
@@ -225,6 +226,12 @@ def check_optimizer(
         raise ValueError(
             f"optimizer {name} cannot take a rate for each layer group, because {reason}; use SGD "
             "or AdamW"
+        )
+    tensors = [id(g["lr"]) for g in inner.param_groups if isinstance(g["lr"], Tensor)]
+    if len(set(tensors)) < len(tensors):
+        raise ValueError(
+            "parameter groups must each have a learning rate of their own, got one tensor as the "
+            "`lr` of several; give each group a tensor of its own, or numbers"
         )
     if isinstance(inner, ScaledVelocitySGD) != (momentum_form == "scaled-velocity"):
         raise ValueError(

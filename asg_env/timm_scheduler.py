@@ -45,14 +45,19 @@ class TimmScheduleLR(Scheduler):
             ValueError: It is of a training of another length, of another schedule, or of other
                 parameter groups.
         """
-        total, base = state_dict.get("total_steps"), state_dict.get("base_values", ())
+        if state_dict.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the state must hold {', '.join(self.state_dict())}, got {', '.join(state_dict)}; "
+                "give one that this scheduler's state_dict made"
+            )
+        total, base = state_dict["total_steps"], state_dict["base_values"]
         if total != self._course.total_steps or len(base) != len(self._owners):
             raise ValueError(
                 f"the state must be of {self._course.total_steps} inner steps and "
                 f"{len(self._owners)} parameter groups, got {total} and {len(base)}; make the "
                 "scheduler as when it was saved"
             )
-        if state_dict.get("schedule_digest") != self._course.digest():
+        if state_dict["schedule_digest"] != self._course.digest():
             raise ValueError(
                 "the state must be of the same schedule, got that of another; make the scheduler "
                 "from the file that it was saved with"

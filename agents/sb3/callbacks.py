@@ -1,6 +1,8 @@
 """SB3's EvalCallback and CheckpointCallback, called at the ends of updates."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -86,26 +88,30 @@ class Callbacks:
         Returns:
             `eval/mean_reward` and `eval/mean_ep_length` after an evaluation.
         """
+        evaluate = _is_due(self._settings.evaluate_every, update)
+        keep = _is_due(self._settings.keep_every, update)
+        if not (evaluate or keep):
+            return {}
         found = {}
-        if _is_due(self._settings.evaluate_every, update):
-            best = self._evaluate.best_mean_reward
-            with global_generators(derive_seed(self._seed, "evaluation", update)):
-                self._evaluate.on_step()
-            if self._evaluate.best_mean_reward > best:
-                self._complete(self._folder / "best_model.zip", progress)
-            found = {
-                "eval/mean_reward": float(self._evaluate.last_mean_reward),
-                "eval/mean_ep_length": float(np.mean(self._evaluate.evaluations_length[-1])),
-            }
-        if _is_due(self._settings.keep_every, update):
-            self._keep.on_step()
-            name = f"rl_model_{self._keep.num_timesteps}_steps.zip"
-            self._complete(self._folder / name, progress)
+        # SB3 writes in place: elsewhere first, so that files are whole or not there.
+        with TemporaryDirectory(prefix=".", dir=self._folder) as scratch:
+            if evaluate:
+                self._evaluate.best_model_save_path = scratch
+                self._evaluate.log_path = f"{scratch}/evaluations"
+                with global_generators(derive_seed(self._seed, "evaluation", update)):
+                    self._evaluate.on_step()
+                found = {
+                    "eval/mean_reward": float(self._evaluate.last_mean_reward),
+                    "eval/mean_ep_length": float(np.mean(self._evaluate.evaluations_length[-1])),
+                }
+            if keep:
+                self._keep.save_path = scratch
+                self._keep.on_step()
+            for path in Path(scratch).iterdir():
+                if path.suffix == ".zip":  # what a policy needs beside its weights
+                    add_entries(path, statistics_of(self._normaliser), progress)
+                os.replace(path, self._folder / path.name)
         return found
-
-    def _complete(self, path: Path, progress: dict[str, Any]) -> None:
-        """Add to SB3's zip what a policy needs beside it."""
-        add_entries(path, statistics_of(self._normaliser), progress)
 
 
 def _is_due(every: int | None, update: int) -> bool:

@@ -104,9 +104,11 @@ def effective_lrs(base_lr: float, multipliers: Sequence[float], factor: float = 
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Write one learning rate into each parameter group; nothing else here writes `lr`.
+    """Write one learning rate into each parameter group; no other code of ours writes `lr`.
 
     A rate that is a tensor is written in place: a captured or compiled step reads that tensor.
+    (Beside it PyTorch's and timm's schedulers write the rates of `to_torch`, which does the same,
+    and of `to_timm`, which puts a number in the tensor's place.)
 
     Raises:
         ValueError: There are more or fewer parameter groups than rates.

@@ -37,25 +37,24 @@ def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    cudnn: Any = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled()
-    cudnn = torch.backends.cudnn
-    # What is not given falls back to defaults of its own: cuDNN off, for one.
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=not deterministic,
-        deterministic=deterministic,
-        allow_tf32=cudnn.allow_tf32,
-    ):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            yield
-        except RuntimeError as error:
-            operation, found, _ = str(error).partition(f" {NO_KERNEL}")
-            if not found:
-                raise
-            raise NotRepeatableError(
-                f"`deterministic` must be false here, as {operation} {NO_KERNEL} on "
-                f"{device.type}; set env.deterministic=false"
-            ) from error
-        finally:
-            torch.use_deterministic_algorithms(before)
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    chosen = cudnn.benchmark, cudnn.deterministic
+    # One by one: `cudnn.flags` reads whether TF32 is allowed, which raises where that was said in
+    # PyTorch's newer way.
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(f" {NO_KERNEL}")
+        if not found:
+            raise
+        raise NotRepeatableError(
+            f"`deterministic` must be false here, as {operation} {NO_KERNEL} on "
+            f"{device.type}; set env.deterministic=false"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        cudnn.benchmark, cudnn.deterministic = chosen

@@ -156,7 +156,8 @@ def train_teacher(arrays: dict, widths: tuple[int, ...] = WIDTHS) -> tuple[nn.Se
     data, held_out = _split(arrays, "teacher_train"), _split(arrays, "old_task")
     generator = torch_generator(TEACHER_SEED, "init")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())  # nn.Conv2d's own draw takes no generator
+        # nn.Conv2d's own draw takes no generator; torch.manual_seed would reseed GPUs as well.
+        torch.default_generator.manual_seed(generator.initial_seed())
         model = nn.Sequential(build_backbone(widths), nn.Linear(widths[-1], CLASSES))
     optimizer = torch.optim.Adam(model.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from asg_env.files import replacing
 from asg_env.schedule import LearnedSchedule
 
 SPLITS = {"pretrain": "teacher_train", "train": "train", "valid": "outer_valid", "test": "test"}
@@ -86,7 +87,8 @@ def pretrained(
         F.cross_entropy(logits(model, images), labels).backward()
         optimizer.step()
         decay.step()
-    torch.save(model.state_dict(), path)
+    with replacing(path) as temporary:  # whole, or not there
+        torch.save(model.state_dict(), temporary)
     return model
 
 

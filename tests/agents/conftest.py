@@ -357,6 +357,7 @@ def _controller_for(
         labels=Observation(settings.observation, groups, settings.grid, terms).labels,
         horizon=len(settings.windows()),
         inner_steps=sum(settings.windows()),
+        growing_windows=settings.windows() if isinstance(settings.inner_steps, str) else (),
         base_lr=settings.base_lr,
         optimizer="sgd",
         momentum_form=settings.momentum_form,

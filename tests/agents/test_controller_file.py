@@ -56,6 +56,16 @@ def test_the_controller_of_a_run_is_its_policy(trained_run):
     assert read_controller(trained_run.path).record == controller.record
 
 
+def test_growing_windows_are_kept(make_experiment, trained_run, tmp_path):
+    windows = {"inner_steps": "asg-as-coded", "steps_per_epoch": 15, "epochs": 2, "horizon": None}
+    run = RunFolder.start(tmp_path / "run", make_experiment(env=windows))
+    checkpoints = "seed-0/checkpoints"
+    shutil.copytree(trained_run.path / checkpoints, run.path / checkpoints)
+    record = controller_of(run, greedy=True).record
+    assert record.growing_windows == record.windows == (10, 5, 10, 5)
+    assert controller_of(trained_run).record.growing_windows == ()
+
+
 def test_a_file_is_used_where_its_path_is_given(controller, path):
     model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(7)))
     found = []
@@ -86,6 +96,7 @@ def test_a_controller_that_cannot_be_written_leaves_nothing(controller, tmp_path
         ({"format": "other"}, "is not a controller: it says nothing of the format 'asg-env-contr"),
         ({"base_lr": -1.0}, "is damaged: `controller.base_lr` must be > 0.*got -1.0"),
         ({"speed": 1}, "is damaged: `controller.speed`"),
+        ({"growing_windows": [1, 2]}, "is damaged: `growing_windows` must be .* got 2 that make 3"),
         ({"labels": ["ce"]}, "observes ce, which this asg-env does not offer"),
     ],
 )

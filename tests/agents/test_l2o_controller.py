@@ -102,8 +102,9 @@ SMALL = {"horizon": 4, "inner_steps": 3, "outer_valid_size": 50}
         {"observation": "asg", "action": "grid", "grid": "linear", "base_lr": 0.02},
         {"observation": "normalised"},
         {"observation": "scaled", "lr_factor": "warmup-poly", "momentum_form": "scaled-velocity"},
+        {"inner_steps": "asg-as-coded", "steps_per_epoch": 15, "epochs": 2, "horizon": None},
     ],
-    ids=["scaled", "asg", "normalised", "warm-up"],
+    ids=["scaled", "asg", "normalised", "warm-up", "growing-windows"],
 )
 def test_a_plain_loop_trains_as_the_environment_does_bit_for_bit(
     make_env, controller_for, instance, changes, kind, greedy
@@ -112,9 +113,11 @@ def test_a_plain_loop_trains_as_the_environment_does_bit_for_bit(
     controller = controller_for(env.settings, kind, greedy)
     policy = controller.policy(env.trainer.layer_groups)
     episode = run_policy(env, policy, instance, seed=17, deterministic=greedy)
-    loop = Loop(env.settings, controller, instance).begin().run(12)
+    windows = env.settings.windows()
+    loop = Loop(env.settings, controller, instance).begin().run(sum(windows))
     expected = env.trainer.optimizee.state_dict()
-    rates = np.array(loop.rates[::3]) / env.settings.base_lr
+    starts = [0, *np.cumsum(windows)[:-1]]
+    rates = np.array(loop.rates)[starts] / env.settings.base_lr
     if env.settings.lr_factor == "constant":
         np.testing.assert_allclose(rates, episode.multipliers, rtol=1e-12)
     assert np.ptp(episode.multipliers) > 0
@@ -297,23 +300,26 @@ def test_decisions_are_as_many_as_in_training(normalised, total, starts):
     np.testing.assert_allclose([progress for progress, _ in reports.seen], np.array(starts) / total)
 
 
-def test_a_step_that_a_grad_scaler_skips_does_not_count(normalised):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_skips_does_not_count(normalised, fused):
     found = []
     for skipped in (False, True):
         model = layers(2)
-        optimizer = torch.optim.SGD(groups_of(model))
+        optimizer = torch.optim.SGD(groups_of(model), fused=fused)
         controller = small(normalised, optimizer, total=8, every=2)
         reports = Reports(controller)
         controller.begin(ce=1.0, kl=0.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         inputs = torch.randn(9, 4, 3, generator=torch.Generator().manual_seed(0))
-        for step in (0, 1, 2, "overflow", 3) if skipped else range(4):
+        # Where a window ends, and within one.
+        for step in (0, "overflow", 1, "overflow", 2, 3) if skipped else range(4):
             optimizer.zero_grad()
             if step == "overflow":
                 loss = model(inputs[8]).square().mean() * math.inf
             else:
                 loss = model(inputs[step]).square().mean()
             scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
             controller.step(ce=loss, kl=0.0)
@@ -416,6 +422,7 @@ def test_momentum_of_another_form_is_refused(normalised):
     [
         ({"total_steps": 7}, "`total_steps` must be 7, as when the state was saved, got 6"),
         ({"layer_groups": ["a"]}, r"`layer_groups` must be \['a'\].*got \['0', '1'\]"),
+        ({"controller": "another"}, "`controller` must be another, as when the state was saved"),
         ({"speed": 1}, r"for \['speed'\] it is not"),
     ],
 )
@@ -423,6 +430,21 @@ def test_the_state_of_another_is_refused(normalised, changes, message):
     controller = small(normalised, torch.optim.SGD(groups_of(layers(2))))
     with pytest.raises(ValueError, match=message):
         controller.load_state_dict({**controller.state_dict(), **changes})
+
+
+def test_base_rates_that_are_tensors_are_kept_apart_from_the_rates(normalised):
+    groups = [{**group, "lr": torch.tensor(0.25)} for group in groups_of(layers(2))]
+    optimizer = torch.optim.Adam(groups)
+    small(normalised, optimizer).begin(ce=1.0, kl=0.0)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert float(optimizer.param_groups[0]["lr"]) != 0.25
+
+
+def test_one_tensor_for_all_rates_is_refused(normalised):
+    rate = torch.tensor(0.25)
+    groups = [{**group, "lr": rate} for group in groups_of(layers(2))]
+    with pytest.raises(ValueError, match="got one tensor as the `lr` of several; give each group"):
+        small(normalised, torch.optim.Adam(groups))
 
 
 def test_further_terms_are_observed(make_settings, controller_for):

@@ -207,6 +207,11 @@ def test_settings_name_a_guidance_term_in_a_file_of_ones_own(tmp_path, monkeypat
     assert list(found.guidance) == [f"{tmp_path}/mine.py:Mine"]
     term = found.guidance_terms()["Mine"]
     assert (term.build.__name__, term.weight, term.options) == ("Mine", 0.5, {"power": 3})
+    for taken in ("ce", "kl"):
+        (tmp_path / "own.py").write_text(f"class {taken}: pass\n", encoding="utf-8")
+        said = refusal(guidance={f"own.py:{taken}": 1})
+        assert "which are reported anyway, got '" in said
+        assert f"own.py:{taken}'; call the class something else" in said
     assert "has no such 'Other'" in refusal(guidance={"mine.py:Other": 1})
     assert "keys of weight, cap, power, got 'size'" in refusal(
         guidance={"mine.py:Mine": {"weight": 1, "size": 2}}

@@ -273,6 +273,13 @@ def test_schedule_lr_writes_rates_that_are_tensors_in_place(make_schedule, make_
     assert all(g["lr"] is lr for g, lr in zip(optimizer.param_groups, held, strict=True))
 
 
+def test_one_tensor_for_all_rates_is_refused(make_schedule, make_network):
+    learned, rate = make_schedule(), torch.tensor(0.25)
+    groups = [{**g, "lr": rate} for g in learned.param_groups(make_network())]
+    with pytest.raises(ValueError, match="learning rate of their own, got one tensor as the `lr`"):
+        learned.to_torch(torch.optim.SGD(groups), 8)
+
+
 class Named:
     """Makes an optimizer of a class with a given name, as packages that are not here have it."""
 
@@ -439,3 +446,13 @@ def test_timm_scheduler_resumes_at_the_rates_of_the_next_step(make_schedule, mak
         if not optimizer_first:
             again.load_state_dict(first.state_dict())
         assert [group["lr"] for group in again.param_groups] == expected
+
+
+def test_timm_scheduler_refuses_what_is_no_state_of_its_own(make_schedule, make_network):
+    pytest.importorskip("timm")
+    learned = make_schedule()
+    scheduler = learned.to_timm(sgd(make_network(), learned), 20)
+    state = scheduler.state_dict()
+    del state["num_updates"]
+    with pytest.raises(ValueError, match="must hold total_steps, schedule_digest, base_values, n"):
+        scheduler.load_state_dict(state)

@@ -487,6 +487,18 @@ def test_evaluations_and_kept_models_are_written_and_change_nothing(tmp_path: Pa
         assert _same(dict(one), dict(other))
 
 
+def test_a_model_that_is_not_completed_is_not_left_half(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    learner = _learner("ppo", **{**SMALL["ppo"], "evaluate_every": 1})
+    learner.folder = tmp_path
+    monkeypatch.setattr("agents.sb3.callbacks.add_entries", full)
+    with pytest.raises(OSError, match="No space left"):
+        _trained(learner)
+    assert "best_model.zip" not in {path.name for path in tmp_path.rglob("*")}
+
+
 def test_evaluations_need_a_folder() -> None:
     learner = _learner("ppo", **SMALL["ppo"], evaluate_every=1)
     with pytest.raises(ValueError, match="`folder` must be set for evaluate_every and keep_every"):

@@ -22,6 +22,29 @@ def test_kernels_of_cuda_leave_alone_what_they_do_not_choose(monkeypatch, enable
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_kernels_of_cuda_stand_beside_tf32_said_in_the_newer_way():
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError):
+            assert cudnn.allow_tf32  # what reads the older way fails from here on
+        with kernels(True, torch.device("cuda")):
+            assert cudnn.conv.fp32_precision == "ieee"
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
+def test_kernels_of_cuda_put_back_that_a_user_wants_warnings_only():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with kernels(True, torch.device("cuda")):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_kernels_of_a_cpu_change_nothing():
     with kernels(True, torch.device("cpu")):
         assert not cudnn.deterministic
