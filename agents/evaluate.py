@@ -19,9 +19,9 @@ from agents.protocol import (
     CONTROLLER_ROWS,
     EVALUATION_SEED,
     MODE_INSTANCES,
-    SAME_PROBLEM,
     TestResult,
     acts_greedily,
+    check_same_problem,
     choose_mode,
     judge_controller,
     judge_policy,
@@ -38,7 +38,6 @@ from agents.search import (
     tune,
 )
 from asg_env.actions import ACTIONS
-from asg_env.config import EnvSettings
 from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import Instance, published_test_instances
@@ -289,7 +288,7 @@ def compare(
                 f"--beside {other.path} is on {theirs.task}, {theirs.env.instances}, this run on "
                 f"{ours.task}, {ours.env.instances}; compare runs on the same instances"
             )
-        _check_same_problem(f"--beside {other.path}", theirs.env, ours.env)
+        check_same_problem(f"--beside {other.path}", theirs.env, ours.env)
         if theirs.train.seeds not in (1, ours.train.seeds):
             raise ConfigError(
                 f"--beside {other.path} has {theirs.train.seeds} training seeds, this run has "
@@ -305,26 +304,6 @@ def compare(
         with RolloutPool(experiment.task, other.experiment.env, workers) as pool:
             rows.append(Evaluation(other, pool, groups, report).row_beside(others, greedy, count))
     return rows
-
-
-def _check_same_problem(name: str, theirs: EnvSettings, ours: EnvSettings) -> None:
-    """Find out whether networks of two runs were trained and tested on the same, for as long.
-
-    Raises:
-        ConfigError: They were not, so that a difference would say nothing of the controllers.
-    """
-    if theirs.task_arguments() != ours.task_arguments():
-        raise ConfigError(
-            f"{name} is on other images or another network than this run; compare runs on the same"
-        )
-    for what, their, our in [
-        ("inner steps", sum(theirs.windows()), sum(ours.windows())),
-        *((f"env.{key}", getattr(theirs, key), getattr(ours, key)) for key in SAME_PROBLEM),
-    ]:
-        if their != our:
-            raise ConfigError(
-                f"{name} trains with {what} {their}, this run with {our}; compare runs of the same"
-            )
 
 
 def _by_seed(results: list[TestResult], count: int) -> list[list[TestResult]]:

@@ -17,6 +17,7 @@ from agents.policy import Policy
 from agents.rollout import Episode, WorkerPool, run_controller, run_policy
 from agents.run_folder import RunFolder, is_imported
 from agents.search import tuning_instances
+from asg_env.config import EnvSettings
 from asg_env.core.evaluation import Metric
 from asg_env.core.seeding import derive_seed
 from asg_env.env import LayerwiseLREnv
@@ -139,3 +140,23 @@ def acts_greedily(run: RunFolder, training_seed: int = 0) -> bool:
         raise ConfigError(
             f"{path} is no whole comparison; repeat it with asg evaluate {run.path}"
         ) from None
+
+
+def check_same_problem(name: str, theirs: EnvSettings, ours: EnvSettings) -> None:
+    """Find out whether networks of two trainings are trained and tested on the same, for as long.
+
+    Raises:
+        ConfigError: They were not, so that a difference would say nothing of the controllers.
+    """
+    if theirs.task_arguments() != ours.task_arguments():
+        raise ConfigError(
+            f"{name} is on other images or another network than what it stands beside; set the same"
+        )
+    for what, their, our in [
+        ("inner steps", sum(theirs.windows()), sum(ours.windows())),
+        *((f"env.{key}", getattr(theirs, key), getattr(ours, key)) for key in SAME_PROBLEM),
+    ]:
+        if their != our:
+            raise ConfigError(
+                f"{name} trains with {what} {their}, what it stands beside with {our}; set the same"
+            )

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over training seeds and instances, in NumPy.
+"""Bootstrap intervals over training seeds and instances, in NumPy and SciPy.
 
 Every interval is made alike. Runs are put into an order that depends on their content alone, so
 that no permutation of them changes a bit (`canonical_order`); each resample draws seeds, then

@@ -12,7 +12,7 @@ from pydantic import Field
 from agents.baselines import Controller
 from agents.fit import LiveController
 from agents.policy import Policy
-from agents.protocol import SAME_PROBLEM, acts_greedily, reads_real_labels, reward_in_words
+from agents.protocol import acts_greedily, check_same_problem, reads_real_labels, reward_in_words
 from agents.rules import RULES
 from agents.run_folder import RunFolder
 from agents.train import load_policies
@@ -254,24 +254,7 @@ class Plan:
                 f"--controller {path} was trained on {experiment.task}, got {self.task}; give one "
                 "that was trained on this task"
             )
-        if experiment.env.task_arguments() != self.env.task_arguments():
-            raise ConfigError(
-                f"--controller {path} was trained on other images or another network of {self.task}"
-                "; set the same with --set"
-            )
-        theirs, ours = sum(experiment.env.windows()), sum(self.env.windows())
-        if theirs != ours:
-            raise ConfigError(
-                f"--controller {path} trains for {theirs} inner steps, the other rows for {ours}; "
-                "set env.horizon and env.inner_steps to the controller's with --set"
-            )
-        for name in SAME_PROBLEM:
-            then, now = getattr(experiment.env, name), getattr(self.env, name)
-            if then != now:
-                raise ConfigError(
-                    f"--controller {path} was trained with env.{name} {then}, the other rows have "
-                    f"{now}; set env.{name}={then} with --set"
-                )
+        check_same_problem(f"--controller {path}", experiment.env, self.env)
         greedy = acts_greedily(run)
         methods = tuple(
             Method(experiment.env, "", 0.0, {}, policy, greedy) for policy in load_policies(run)

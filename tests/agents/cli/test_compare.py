@@ -343,8 +343,9 @@ def test_compare_names_the_package_that_an_optimizer_needs(fails, command, pools
 def test_compare_refuses_a_controller_that_is_none(fails, command, pools, trained_run, tmp_path):
     assert f"{tmp_path} is not a run folder" in fails(*command("--controller", tmp_path))
     message = fails(*command("--controller", trained_run.path, "--set", "env.horizon=4"))
-    assert f"--controller {trained_run.path} trains for 6 inner steps, the other rows for 8" in (
-        message
+    assert (
+        f"--controller {trained_run.path} trains with inner steps 6, what it stands beside with 8"
+        in (message)
     )
     assert not pools
     assert not (tmp_path / "out").exists()

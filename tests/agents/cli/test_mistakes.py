@@ -407,8 +407,16 @@ def test_evaluate_refuses_to_compare_across_instance_sets(
         ("fixed", {"env": {"instances": "fixed"}}, "compare runs on the same instances"),
         ("seeds", {"train": {"seeds": 3}}, "compare runs of as many seeds"),
         ("digits", {"env": {"classes": [0, 1, 2, 3, 4]}}, "is on other images or another network"),
-        ("longer", {"env": {"horizon": 4}}, "trains with inner steps 8, this run with 6; compare"),
-        ("batch", {"env": {"batch_size": 16}}, "trains with env.batch_size 16, this run with 32;"),
+        (
+            "longer",
+            {"env": {"horizon": 4}},
+            "trains with inner steps 8, what it stands beside with 6;",
+        ),
+        (
+            "batch",
+            {"env": {"batch_size": 16}},
+            "trains with env.batch_size 16, what it stands beside with",
+        ),
     ):
         experiment = make_experiment(agent={"updates": 1}, **changes)
         other = RunFolder.create(tmp_path / name, experiment, False, False)

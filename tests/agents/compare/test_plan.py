@@ -223,7 +223,7 @@ def test_plan_reserves_the_names_of_the_controllers(make_plan, trained_run):
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 4), ("flip_average", True)])
 def test_plan_refuses_a_controller_of_another_protocol(make_plan, trained_run, name, value):
-    with pytest.raises(ConfigError, match=f"was trained with env.{name} .*, the other rows have"):
+    with pytest.raises(ConfigError, match=f"trains with env.{name} .*, what it stands beside with"):
         make_plan([row()], runs=[trained_run.path], **{name: value})
 
 
@@ -509,15 +509,14 @@ def test_plan_refuses_a_controller_of_other_images(run):
     with pytest.raises(ConfigError) as error:
         Plan(task, settings, wanted, [run])
     assert str(error.value) == (
-        f"--controller {run} was trained on other images or another network of {task}; set the "
-        "same with --set"
+        f"--controller {run} is on other images or another network than what it stands "
+        "beside; set the same"
     )
 
 
 def test_plan_refuses_a_controller_of_other_inner_steps(refused, run):
     assert refused([row()], runs=[run], horizon=5) == (
-        f"--controller {run} trains for 6 inner steps, the other rows for 10; set env.horizon and "
-        "env.inner_steps to the controller's with --set"
+        f"--controller {run} trains with inner steps 6, what it stands beside with 10; set the same"
     )
 
 
