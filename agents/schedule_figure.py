@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from rich.style import Style
 from rich.text import Text
 
-from agents.figures import save_figure
+from agents.figures import FLOOR, save_figure
 from asg_env.rendering import SHADES
 from asg_env.schedule import LearnedSchedule
 
-FLOOR = 1e-3  # multipliers at or below are drawn as this, 0 included
 COLOURS = colormaps["viridis"]
 COLUMNS = 60  # of the terminal, over which the training is spread
 

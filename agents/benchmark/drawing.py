@@ -1,10 +1,9 @@
 """Figures of a benchmark, one function each, from statistics to a matplotlib figure.
 
-They are narrow enough for a phone, have no background of their own, and every colour stands out
-from white and from near-black by at least 3.4 to 1, so that one picture serves light and dark
-pages. Colour is never alone in telling things apart: names stand beside lines, and curves have
-dashes and markers too. The caller writes files: `agents.figures.save_figure`, or SVG with text
-kept as text under `matplotlib.rc_context({"svg.fonttype": "none"})`.
+They are narrow enough for a phone and look as `agents.look` says. Colour is never alone in telling
+things apart: names stand beside lines, and curves have dashes and markers too. The caller writes
+files: `agents.figures.save_figure`, or SVG with text kept as text under
+`matplotlib.rc_context({"svg.fonttype": "none"})`.
 """
 
 import itertools
@@ -14,21 +13,24 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from agents.benchmark.statistics import Band, Interval
-
-HIGHLIGHT = "#d9580d"  # learned agents
-RIVALS = ("#2f7fd6", "#0f9d7a", "#bf5599")  # apart with any one kind of colour blindness
-INK = "#7a7a7a"  # text, axes
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P")  # agents', then five of rivals: 15 differ with RIVALS
-CELLS = "viridis"  # of the transfer matrix; its cells are opaque
+from agents.look import (
+    CELLS,
+    DASHES,
+    HIGHLIGHT,
+    INK,
+    MARKERS,
+    RIVALS,
+    SMALL,
+    TEXT,
+    empty_figure,
+    style_axes,
+)
 
 WIDTH = 4.8  # inches
-TEXT, SMALL = 10, 9  # points
 NAME_LENGTH, LEGEND_LENGTH = 20, 22  # letters, beyond which a name is broken into lines
 
 
@@ -233,7 +235,7 @@ def _curves(bands: Mapping[str, Band], learned: Collection[str], steps: bool) ->
     rivals = [name for name in bands if name not in learned]
     columns = 2 if len(ours) > 1 else 1
     rows = max(1, math.ceil(len(ours) / columns))
-    figure = _empty_figure(len(bands), 3.3 if columns == 1 else 0.8 + 1.5 * rows)
+    figure = _figure_of(len(bands), 3.3 if columns == 1 else 0.8 + 1.5 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     style = "steps-post" if steps else "default"
     for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, ours)):
@@ -318,35 +320,19 @@ def _name_axes(figure: Figure, below: str, beside: str) -> None:
     figure.supylabel(beside, fontsize=TEXT, color=INK, ma="center")
 
 
-def _empty_figure(items: int, height: float) -> Figure:
+def _figure_of(items: int, height: float) -> Figure:
     """Return a figure of the common look, without axes."""
     if items == 0:
         raise ValueError("there is nothing to draw: no agent was given")
-    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0.0)
-    return figure
+    return empty_figure(WIDTH, height)
 
 
 def _new_figure(items: int, height: float) -> tuple[Figure, Any]:
-    """Return an empty figure of the common look and its axes."""
-    figure = _empty_figure(items, height)
+    """Return a figure of the common look and its axes."""
+    figure = _figure_of(items, height)
     axes: Any = figure.subplots()
     style_axes(axes)
     return figure, axes
-
-
-def style_axes(axes: Any) -> None:
-    """Give axes the common look: see-through, grey, with a faint grid."""
-    axes.patch.set_alpha(0.0)
-    axes.tick_params(colors=INK, labelsize=SMALL)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(INK)
-        label.set_fontsize(TEXT)
-    axes.spines[:].set_color(INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=INK, alpha=0.25, lw=0.6)
-    axes.set_axisbelow(True)
 
 
 def _broken(name: str, length: int = NAME_LENGTH) -> str:

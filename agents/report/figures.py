@@ -6,11 +6,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agents.benchmark.drawing import (
+from agents.figures import FLOOR, on_windows
+from agents.look import (
     CELLS,
     DASHES,
     HIGHLIGHT,
@@ -18,9 +18,9 @@ from agents.benchmark.drawing import (
     MARKERS,
     RIVALS,
     SMALL,
+    empty_figure,
     style_axes,
 )
-from agents.figures import FLOOR, on_windows
 
 WIDTH = 3.8  # inches: on a telephone text keeps its size
 SHADES = 24  # of the scale of multipliers, eight a decade
@@ -140,7 +140,7 @@ def draw_behaviour(
     if groups != len(layer_groups):
         raise ValueError(f"`layer_groups` must be {groups} names, got {len(layer_groups)}")
     heights = [0.5 + 0.19 * groups, 1.35] + [1.35] * (shown.accuracy is not None)
-    figure = _new_figure(sum(heights) + 1.0)
+    figure = empty_figure(WIDTH, sum(heights) + 1.0)
     panels: Any = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axes in panels:
         style_axes(axes)
@@ -219,7 +219,7 @@ def draw_learning(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: st
     """
     if not curves:
         raise ValueError("there is nothing to draw: no curve was given")
-    figure = _new_figure(2.6 + 0.15 * (len(curves) // 3))
+    figure = empty_figure(WIDTH, 2.6 + 0.15 * (len(curves) // 3))
     axes: Any = figure.subplots()
     style_axes(axes)
     colours = (HIGHLIGHT, *RIVALS)
@@ -241,13 +241,6 @@ def draw_learning(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: st
     figure.legend(
         loc="outside lower center", ncols=3, fontsize=SMALL, labelcolor=INK, frameon=False
     )
-    return figure
-
-
-def _new_figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0.0)
     return figure
 
 

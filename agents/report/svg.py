@@ -12,7 +12,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from agents.benchmark.drawing import HIGHLIGHT, INK, RIVALS
+from agents.look import HIGHLIGHT, INK, RIVALS
 
 # Text takes its colour from the page, where contrast counts for more than in lines.
 TEXT_COLOURS = {INK: "currentColor", HIGHLIGHT: "var(--learned)", RIVALS[0]: "var(--rival)"}

@@ -7,6 +7,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from agents.benchmark import drawing as figures
 from agents.benchmark.statistics import Band, Interval
+from agents.look import HIGHLIGHT, INK, RIVALS
 
 INTERVALS = {
     "uniform": Interval(0.7, 0.6, 0.8),
@@ -48,7 +49,7 @@ def contrast(one, other) -> float:
 
 
 @pytest.mark.parametrize("background", ["#ffffff", "#111111"])
-@pytest.mark.parametrize("colour", [figures.HIGHLIGHT, figures.INK, *figures.RIVALS])
+@pytest.mark.parametrize("colour", [HIGHLIGHT, INK, *RIVALS])
 def test_palette_stands_out_from_light_and_dark_pages(colour, background):
     assert contrast(colour, background) >= 3.4
 
@@ -77,8 +78,8 @@ def test_aggregates_are_sorted_and_learned_agents_stand_out():
     names = tick_names(axes.yaxis)
     assert names == ["uniform", "a schedule with a name of many words", "learned agent"]
     colours = {to_hex(line.get_color()) for line in axes.lines if 2 in line.get_ydata()}
-    assert colours == {figures.HIGHLIGHT}
-    assert figures.HIGHLIGHT not in {to_hex(line.get_color()) for line in axes.lines[:4]}
+    assert colours == {HIGHLIGHT}
+    assert HIGHLIGHT not in {to_hex(line.get_color()) for line in axes.lines[:4]}
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [0.6, 0.8])
     assert [text.get_text() for text in axes.texts] == ["0.700", "0.800", "0.900"]
 
@@ -102,7 +103,7 @@ def test_curves_have_bands_and_can_be_told_apart_without_colour(draw):
     assert len(axes.collections) == len(axes.lines) == 3
     assert len({line.get_marker() for line in axes.lines}) == 3
     learned = axes.lines[-1]
-    assert to_hex(learned.get_color()) == figures.HIGHLIGHT
+    assert to_hex(learned.get_color()) == HIGHLIGHT
     np.testing.assert_allclose(learned.get_ydata(), BANDS["learned agent"].value)
     legend = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
     assert sorted(legend) == sorted(BANDS)
@@ -117,7 +118,7 @@ def test_every_one_of_many_agents_has_a_panel_in_which_it_stands_out(draw):
     assert not left_over.axison
     for axes in panels:
         colours = [to_hex(line.get_color()) for line in axes.lines]
-        assert colours == [figures.INK, figures.INK, figures.RIVALS[0], figures.HIGHLIGHT]
+        assert colours == [INK, INK, RIVALS[0], HIGHLIGHT]
         assert len(axes.collections) == 2  # bands of the rival and of the agent
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["the other agents", "cosine", "the agent of the panel"]
