@@ -1,5 +1,4 @@
 import json
-import math
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -9,19 +8,15 @@ import pytest
 
 from agents.baselines import small_backbone, uniform
 from agents.compare import work as compare
-from agents.compare.plan import CONTROLLER, Method
-from agents.compare.work import COMPARISON_SEED, TrialRunner, train_once, tuning_trial
+from agents.compare.plan import CONTROLLER
+from agents.compare.work import COMPARISON_SEED, tuning_trial
 from agents.compare.work import test_trial as run_test_trial  # not a test of its own
 from agents.fit import LiveController, fit
 from agents.judgement import judge_network
-from agents.rollout import WorkerPool
-from agents.rules import LEVELS, PilotSearch
 from agents.run_folder import RunFolder
 from agents.search import train_instances
 from agents.train import load_policies
 from asg_env.build import build_trainer
-from asg_env.core.guidance import TERMS, Weighted
-from asg_env.core.optimizers import OneRateError
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import published_test_instances
 from asg_env.validation import ConfigError
@@ -90,9 +85,6 @@ def as_text(correct) -> str:
 def plain(value):
     """What JSON makes of a value."""
     return json.loads(json.dumps(value))
-
-
-# What a comparison does
 
 
 def test_comparison_chooses_the_candidate_with_the_best_mean_on_train_instances(
@@ -397,159 +389,3 @@ def test_comparison_judges_each_training_seed_of_a_controller(
     again = make_comparison(make_plan([ROWS[2]], runs=[run]), tmp_path).run(pool, silent)
     assert again == plain([first, row])
     assert pool.trainings == {"test_trial": 6}
-
-
-# What a worker does
-
-
-@pytest.fixture
-def runner():
-    return TrialRunner(TASK, 1)
-
-
-@pytest.fixture
-def make_method(make_settings):
-    def make(rule="uniform", rate=0.1, options=None, **env):
-        return Method(make_settings(**env), rule, rate, options or {})
-
-    return make
-
-
-def test_runner_keeps_its_trainer_while_only_guidance_changes(runner, make_settings):
-    trainer = runner.trainer_for(make_settings(kl_weight=0.5))
-    assert trainer.guidance.weighted == {"kl": Weighted(TERMS["kl"], 0.5)}
-    assert runner.trainer_for(make_settings(guidance={"weight_l2": 2})) is trainer
-    assert trainer.guidance.weighted == {"weight_l2": Weighted(TERMS["weight_l2"], 2.0)}
-    assert runner.trainer_for(make_settings(guidance={})) is trainer
-    assert trainer.guidance.weighted == {}
-    other = runner.trainer_for(make_settings(base_lr=0.2))
-    assert other is not trainer
-    assert other.settings.base_lr == 0.2
-    assert other.guidance.weighted == {"kl": Weighted(TERMS["kl"], 0.1)}
-
-
-def test_trial_does_not_depend_on_what_the_worker_did_before(runner, make_method):
-    method = make_method(guidance={"weight_l2": 0.5})
-    fresh = run_test_trial(TrialRunner(TASK, 1), method, TESTED[0], 0)
-    for before in (
-        make_method(guidance={"kl": 5}, rate=0.3),
-        make_method(optimizer="adam", base_lr=0.01),
-        make_method(base_lr=1e25),
-    ):
-        tuning_trial(runner, before, TUNED[0], "outer_valid", "accuracy")
-        result = run_test_trial(runner, method, TESTED[0], 0)
-        assert {**result, "seconds": 0} == {**fresh, "seconds": 0}
-
-
-def test_runner_tells_terms_of_the_same_name_in_two_files_apart(runner, make_method, tmp_path):
-    text = (
-        "class Mine:\n"
-        "    def __init__(self, pretrained):\n        pass\n"
-        "    def __call__(self, step):\n        return step.kl.new_tensor({})\n"
-    )
-    seen = []
-    for number in (1.0, 2.0):
-        path = tmp_path / f"term{number:.0f}.py"
-        path.write_text(text.format(number), encoding="utf-8")
-        method = make_method(guidance={f"{path}:Mine": 1.0})
-        trainer = runner.trainer_for(method.settings)
-        records = fit(trainer, uniform(0.1, 5), TUNED[0], method.settings.windows())
-        seen.append(records[-1]["guidance"]["Mine"])
-    assert seen == [1.0, 2.0]
-
-
-def test_training_counts_the_inner_steps_of_pilot_runs(runner, make_method):
-    method = make_method("pilot-search", options={"steps": 2})
-    trainer, training = train_once(runner, method, TESTED[0], 0)
-    assert training.inner_steps == 6 + 2 * len(LEVELS)
-    result = trainer.evaluate("test")
-    again = build_trainer(TASK, method.settings)
-    fit(again, PilotSearch(2), TESTED[0], method.settings.windows())
-    assert as_text(result.correct) == as_text(again.evaluate("test").correct)
-
-
-def test_diverged_training_scores_nothing_and_stays_valid_json(runner, make_method):
-    method = make_method(base_lr=1e25)
-    assert tuning_trial(runner, method, TUNED[0], "outer_valid", "accuracy") == 0.0
-    result = run_test_trial(runner, method, TESTED[0], 0)
-    assert result["diverged"] is True
-    assert set(result["correct"]) == {"0"}
-    assert len(result["correct"]) == 1500
-    assert (result["retention"], result["energies"], result["calibration_error"]) == (0, None, None)
-    assert None in result["drifts"]
-    json.dumps(result, allow_nan=False)
-    assert all(d is None or math.isfinite(d) for d in result["drifts"])
-
-
-# Terms and rules of one's own
-
-
-def own_rows(user_code):
-    """Rows that say in the user's words what the built-in ones say; factors are powers of two."""
-    return (
-        [
-            {
-                "name": "a",
-                "rule": f"{user_code}:Share",
-                "options": {"share": 0.5},
-                "rate": 0.2,
-                "guidance": {f"{user_code}:Anchor": {"weight": 1, "factor": 2.0}},
-                "tune": {f"{user_code}:Anchor": [0.25, 32]},
-            }
-        ],
-        [{"name": "a", "rate": 0.1, "tune": {"weight_l2": [0.5, 64]}}],
-    )
-
-
-def test_comparison_of_ones_own_term_and_rule_equals_that_of_the_built_in_ones(
-    make_plan, make_comparison, trial_pool, without_seconds, user_code, tmp_path
-):
-    mine, built_in = (
-        without_seconds(
-            make_comparison(make_plan(rows), tmp_path / name).run(trial_pool(), silent)
-        )[0]
-        for name, rows in zip(("mine", "built-in"), own_rows(user_code), strict=True)
-    )
-    assert mine["results"] == built_in["results"]
-    assert list(mine["tuning"].values()) == list(built_in["tuning"].values())
-    assert list(mine["guidance"]) == ["Anchor"]
-    assert mine["results"][0][0]["drifts"] != built_in["results"][0][1]["drifts"]
-
-
-def test_comparison_in_a_worker_process_gives_the_same_rows(
-    make_plan, make_comparison, trial_pool, without_seconds, user_code, tmp_path
-):
-    plan = make_plan(own_rows(user_code)[0])
-    here = make_comparison(plan, tmp_path / "here").run(trial_pool(), silent)
-    with WorkerPool(1, TrialRunner, (TASK, 1)) as pool:
-        there = make_comparison(plan, tmp_path / "there").run(pool, silent)
-    assert without_seconds(there) == without_seconds(here)
-
-
-def test_comparison_refuses_prodigy_with_a_rate_for_each_group(
-    make_plan, make_comparison, trial_pool, tmp_path
-):
-    rows = [
-        {
-            "name": "a",
-            "rule": "small-backbone",
-            "rate": 1,
-            "env": {"optimizer": "prodigy", "base_lr": 1},
-        }
-    ]
-    with pytest.raises(OneRateError, match="prodigy takes one rate for all layer groups, or 0"):
-        make_comparison(make_plan(rows), tmp_path).run(trial_pool(), silent)
-
-
-def test_comparison_does_not_take_over_rows_made_with_another_text_of_a_users_file(
-    make_plan, make_comparison, trial_pool, tmp_path
-):
-    file = tmp_path / "mine.py"
-    text = "from agents.baselines import Cosine\n\ndef rule(groups, top):\n    return Cosine(top)\n"
-    file.write_text(text, encoding="utf-8")
-    rows = [{"name": "a", "rule": f"{file}:rule", "rate": 0.1}]
-    make_comparison(make_plan(rows), tmp_path).run(trial_pool(), silent)
-    file.write_text(text + "# another text\n", encoding="utf-8")
-
-    with pytest.raises(ConfigError, match="is a row of other settings"):
-        make_comparison(make_plan(rows), tmp_path).run(trial_pool(), silent)
