@@ -128,5 +128,8 @@ def test_code_of_the_readme_runs(monkeypatch, capsys):
     exec(compile(environment, "README.md", "exec"), names)
     assert len(names["info"]["lr_multipliers"]) == 5
     exec(compile(reuse, "README.md", "exec"), names)
-    assert names["scheduler"].get_last_lr()[0] == 0.1 * 0.003
+    assert names["scheduler"].get_last_lr()[0] == 1.0 * 0.003
     capsys.readouterr()
+    (pinned,) = blocks("environment.md", "python")
+    exec(compile(pinned, "environment.md", "exec"), names)
+    assert names["env"].unwrapped.instance == names["instance"]
