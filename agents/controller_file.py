@@ -108,8 +108,11 @@ class Controller:
     weights: dict[str, Tensor]
 
     def digest(self) -> str:
-        """SHA-256 of its file, which tells this controller from others."""
-        return hashlib.sha256(self._file()).hexdigest()
+        """SHA-256 of its weights and of what they are for, which tells it from other controllers.
+
+        Where it came from, under which versions, and whether it acts greedily do not count.
+        """
+        return hashlib.sha256(self._file(exclude={"provenance", "greedy"})).hexdigest()
 
     def observation(self, layer_groups: Sequence[str]) -> Observation:
         """Return its encoding of a training with these layer groups."""
@@ -160,8 +163,8 @@ class Controller:
         with replacing(path) as temporary:
             temporary.write_bytes(self._file())  # with the usual permissions
 
-    def _file(self) -> bytes:
-        return save(self.weights, {"controller": self.record.model_dump_json()})
+    def _file(self, exclude: set[str] | None = None) -> bytes:
+        return save(self.weights, {"controller": self.record.model_dump_json(exclude=exclude)})
 
 
 def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = None) -> Controller:

@@ -79,7 +79,7 @@ def export_schedule(
         knots=tuple(rollouts[0].progress[:-1].tolist()),
         multipliers=tuple(map(tuple, chosen.tolist())),
         spread=tuple(map(tuple, beyond.std(axis=0).tolist())),
-        base_lr=experiment.env.base_lr,
+        base_lr=experiment.env.base_lr * scale,
         optimizer=experiment.env.optimizer,
         momentum_form=experiment.env.momentum_form,
         lr_factor=experiment.env.lr_factor,

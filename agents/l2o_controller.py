@@ -14,7 +14,7 @@ Example:
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from agents.live import LivePolicy
 from asg_env.core.layer_groups import set_learning_rates
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.telemetry import Telemetry, WindowRecorder
-from asg_env.schedulers import check_optimizer, runs_of, unwrapped
+from asg_env.schedulers import check_optimizer, layer_group_names, runs_of, unwrapped
 
 Loss = float | Tensor
 
@@ -46,8 +46,9 @@ class L2OController:
     the losses averaged over all, so that all decide alike.
 
     Args:
-        optimizer: With a parameter group for each layer group, input to head; neighbours of the
-            same `name` (with and without weight decay, say) are one layer group.
+        optimizer: With a parameter group for each layer group, input to head, whose name it has as
+            `name`; neighbours of the same name, or of the same `layer_group` (with and without
+            weight decay, say), are one layer group.
         controller: A file of `asg export`, a run folder, or what `read_controller` returned.
         total_steps: Inner steps of the whole training, all epochs; steps of the optimizer.
         every: Inner steps between decisions; by default at the same shares of the training as
@@ -86,7 +87,7 @@ class L2OController:
         self._every = None if every is None else _whole("every", every, 1, self._total)
         learned = sum(record.windows)
         self._ends = {round(self._total * end / learned) for end in accumulate(record.windows)}
-        self._owners, self.layer_groups = _layer_groups(self._optimizer)
+        self._owners, self.layer_groups = _layer_groups(self._optimizer, record.layer_groups)
         self._greedy = record.greedy if greedy is None else greedy
         self._seed, self._digest = _whole("seed", seed, 0), controller.digest()
         self._terms, self._inner_valid = record.encoding.terms, inner_valid
@@ -324,13 +325,33 @@ class L2OController:
         return [parameter.data_ptr() for group in self._parameters for parameter in group]
 
 
-def _layer_groups(optimizer: Optimizer) -> tuple[list[int], tuple[str, ...]]:
-    """Index of each parameter group's layer group, and their names."""
-    names = [str(g.get("name", i)) for i, g in enumerate(optimizer.param_groups)]
+def _layer_groups(
+    optimizer: Optimizer, learned: Sequence[str]
+) -> tuple[list[int], tuple[str, ...]]:
+    """Index of each parameter group's layer group, and their names.
+
+    Args:
+        optimizer: Whose groups they are.
+        learned: Names of the controller's own layer groups, input to head.
+    """
+    names = layer_group_names(optimizer)
+    if None in names:  # groups with and without weight decay, say, are no layer groups
+        raise ValueError(
+            "parameter groups must have the `name` of their layer group, input to head, got "
+            f"{len(names)} groups, {names.count(None)} without; build the optimizer on groups such "
+            "as those of schedule.param_groups(model)"
+        )
     owners, layers = runs_of(names)
     if len(set(layers)) < len(layers):
         raise ValueError(
             f"parameter groups of one layer group must be neighbours, got {names}; put them so"
+        )
+    known = [name for name in layers if name in learned]
+    ordered = [name for name in learned if name in known]
+    if known != ordered:
+        raise ValueError(
+            f"layer groups must be in the order {ordered}, input to head, as where the controller "
+            f"was trained, got {known}; build the optimizer so"
         )
     return owners, tuple(layers)
 

@@ -14,7 +14,7 @@ from asg_env.rendering import SHADES
 from asg_env.schedule import LearnedSchedule
 
 COLOURS = colormaps["viridis"]
-COLUMNS = 60  # of the terminal, over which the training is spread
+COLUMNS = (20, 60)  # of the terminal, over which the training is spread: at least, at most
 
 
 def _brightness(multipliers: np.ndarray) -> np.ndarray:
@@ -28,17 +28,26 @@ def over_time(schedule: LearnedSchedule, columns: int) -> np.ndarray:
     return np.array([schedule.at(float(progress)) for progress in middles]).T
 
 
-def heat_map(schedule: LearnedSchedule) -> Text:
-    """Return the schedule as coloured text; a letter's density says it without colour too."""
+def heat_map(schedule: LearnedSchedule, terminal: int) -> Text:
+    """Return the schedule as coloured text; a letter's density says it without colour too.
+
+    Args:
+        schedule: Any.
+        terminal: Its width; where there is room for the map, no line is longer.
+    """
+    told = "start, peak, end"
+    values = np.array(schedule.multipliers).T
+    numbers = [f"{row[0]:.3g}, {row.max():.3g}, {row[-1]:.3g}" for row in values]
     width = max(map(len, schedule.layer_groups))
-    values = over_time(schedule, COLUMNS)
+    columns = int(np.clip(terminal - width - 2 - max(map(len, [*numbers, told])), *COLUMNS))
     text = Text()
-    for name, row in zip(schedule.layer_groups, values, strict=True):
+    rows = zip(schedule.layer_groups, over_time(schedule, columns), numbers, strict=True)
+    for name, row, number in rows:
         text.append(f"{name:>{width}} ")
         for bright in _brightness(row):
             _cell(text, bright)
-        text.append(f" {row[0]:.3g}, {row.max():.3g}, {row[-1]:.3g}\n")
-    text.append(f"{'':>{width}} start{'end':>{COLUMNS - 5}} start, peak, end\n{'':>{width}} ")
+        text.append(f" {number}\n")
+    text.append(f"{'':>{width}} start{'end':>{columns - 5}} {told}\n{'':>{width}} ")
     for power in np.arange(-3, 0.1, 0.5):
         _cell(text, float(_brightness(np.array(10.0**power))))
         text.append(f" {10.0**power:.2g}  ")

@@ -24,7 +24,8 @@ MULTIPLIERS = {{  # layer group, as the optimizer's parameter groups are named: 
 def learned_schedule(optimizer, total_steps):
     """Return a scheduler; call its `.step()` after every `optimizer.step()`."""
     starts = [round(knot * total_steps) for knot in KNOTS]
-    rows = [MULTIPLIERS[group["name"]] for group in optimizer.param_groups]
+    names = [group.get("layer_group", group.get("name")) for group in optimizer.param_groups]
+    rows = [MULTIPLIERS[name] for name in names]
     held = [lambda step, row=row: row[bisect_right(starts, step) - 1] for row in rows]
     return LambdaLR(optimizer, held)
 '''
@@ -73,7 +74,7 @@ def to_python(schedule: LearnedSchedule) -> str:
     check_python(schedule.interpolation, schedule.lr_factor, schedule.momentum_form)
     columns = zip(*schedule.multipliers, strict=True)
     rows = [
-        f"    {name!r}: {column},"
-        for name, column in zip(schedule.layer_groups, columns, strict=True)
+        f"    # parameters that match {pattern!r}\n    {name!r}: {column},"
+        for (name, pattern), column in zip(schedule.layer_groups.items(), columns, strict=True)
     ]
     return SNIPPET.format(rows="\n".join(rows), **dict(schedule))

@@ -42,8 +42,10 @@ def by_depth(
     schedule: LearnedSchedule, model: nn.Module, head: str | None = None
 ) -> LearnedSchedule:
     """See `LearnedSchedule.by_depth`."""
-    patterns = depth_groups(model, head)
-    return regroup(schedule, patterns, sources_by_depth(schedule, list(patterns)))
+    groups = _groups(model, head)
+    sources = sources_by_depth(schedule, list(groups))
+    patterns = _trained(groups)
+    return regroup(schedule, patterns, {name: sources[name] for name in patterns})
 
 
 def sources_by_depth(schedule: LearnedSchedule, layer_groups: Sequence[str]) -> dict[str, str]:
@@ -77,7 +79,8 @@ def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
     so that of branches side by side is not their depth.
 
     Args:
-        model: Parameters with `requires_grad=False` are passed over.
+        model: What has only parameters with `requires_grad=False` gets no group, but before the
+            head it counts for the depth of what follows.
         head: Name of the module that is the head; the last layer with trainable parameters if left
             out.
 
@@ -85,21 +88,37 @@ def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
         ValueError: The model has one layer only, its head is within a block or has no matrix, or
             it has no such module.
     """
+    return _trained(_groups(model, head))
+
+
+def _trained(groups: Mapping[str, tuple[str, bool]]) -> dict[str, str]:
+    return {name: pattern for name, (pattern, trains) in groups.items() if trains}
+
+
+def _groups(model: nn.Module, head: str | None) -> dict[str, tuple[str, bool]]:
+    """As `depth_groups`, with frozen groups too: name to pattern, and whether any of it trains."""
     kind = type(model).__name__
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    layers = list(dict.fromkeys(map(_layer, trainable)))
-    if len(layers) < 2 or next(model.children(), None) is None:
+    trained_layers = list(dict.fromkeys(map(_layer, trainable)))
+    if len(trained_layers) < 2 or next(model.children(), None) is None:
         raise ValueError(
             f"{kind} must have two layers or more with trainable parameters, of which the last is "
             "the head; give patterns to regroup"
         )
-    last = layers[-1] if head is None else head
+    last = trained_layers[-1] if head is None else head
     if not any(p.ndim > 1 for name, p in trainable.items() if _within(name, last)):
         raise ValueError(
             f"`head` must be a module of {kind} with a trainable matrix, got {last!r}; name it"
         )
+    counted = {}  # frozen layers behind the head, such as an old head, have no depth
+    before_head = True
+    for name, parameter in model.named_parameters():
+        before_head = before_head and not _within(name, last)
+        if before_head or parameter.requires_grad:
+            counted[name] = parameter
+    layers = list(dict.fromkeys(map(_layer, counted)))
     units = {
-        u: is_block for u, is_block in _units(model, "") if any(_within(n, u) for n in trainable)
+        u: is_block for u, is_block in _units(model, "") if any(_within(n, u) for n in counted)
     }
     blocks = any(units.values())
     body: list[str] = []
@@ -121,7 +140,7 @@ def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
     for unit in body:
         own = [
             parameter
-            for name, parameter in trainable.items()
+            for name, parameter in counted.items()
             if (_layer(name) == unit if unit in holders else _within(name, unit))
         ]
         opens = any(p.ndim > 1 for p in own) and (not blocks or units.get(unit, False))
@@ -131,13 +150,14 @@ def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
     if HEAD in groups:
         raise ValueError(f"{kind} has a layer {HEAD!r} before its last; give patterns to regroup")
     groups[HEAD] = [last]
-    return {
-        name: "|".join(
+    found = {}
+    for name, parts in groups.items():
+        pattern = "|".join(
             rf"{re.escape(unit)}\.[^.]+$" if unit in holders else rf"{re.escape(unit)}(\.|$)"
-            for unit in units
+            for unit in parts
         )
-        for name, units in groups.items()
-    }
+        found[name] = pattern, any(re.match(pattern, parameter) for parameter in trainable)
+    return found
 
 
 def _layer(parameter: str) -> str:

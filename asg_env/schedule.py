@@ -60,7 +60,10 @@ Rows = Annotated[
     Strict(False),
 ]
 Knots = Annotated[
-    tuple[float, ...], Strict(False), Field(min_length=1), AfterValidator(_increasing)
+    tuple[Annotated[float, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})], ...],
+    Strict(False),
+    Field(min_length=1),
+    AfterValidator(_increasing),
 ]
 Patterns = Annotated[
     dict[str, Annotated[str, AfterValidator(_pattern)]],
@@ -106,7 +109,7 @@ class LearnedSchedule(Settings):
     spread: Rows
     """Standard deviation of the multipliers over all rollouts; (T, G)."""
     base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)]
-    """Base rate that the multipliers were learned with."""
+    """Base rate that the multipliers were learned with; it contains `base_lr_scale`."""
     optimizer: str
     """Inner optimizer that they were learned with, such as `sgd`."""
     momentum_form: MomentumForm
@@ -256,12 +259,13 @@ class LearnedSchedule(Settings):
         Args:
             model: Parameters with `requires_grad=False` are passed over.
             base_lr: Rate at multiplier 1; the schedule's own if left out.
-            weight_decay: If given, a layer group becomes up to two parameter groups of the same
-                name: its matrices and kernels with this weight decay, its biases and norms, and
-                what timm's `model.no_weight_decay()` lists, with none.
+            weight_decay: If given, a layer group becomes up to two parameter groups: its matrices
+                and kernels with this weight decay, and, named `.../no_decay`, its biases, norms and
+                what timm's `model.no_weight_decay()` lists with none.
 
         Returns:
-            Parameter groups with `lr`, `initial_lr` and `name`, input to head.
+            Parameter groups with `lr` and `name`, input to head; where a layer group became two,
+            also with its name as `layer_group`.
 
         Raises:
             ValueError: A trainable parameter matches no group or several, a group matches none, or
@@ -354,7 +358,17 @@ def _split_by_decay(
         for decay, decays in ((weight_decay, True), (0.0, False)):
             chosen = [p for p in group["params"] if (id(p) not in spared) == decays]
             if chosen:
-                split.append({**group, "params": chosen, "weight_decay": decay})
+                layer = group["name"]
+                name = layer if decays else f"{layer}/no_decay"  # frameworks log rates by name
+                split.append(
+                    {
+                        **group,
+                        "params": chosen,
+                        "weight_decay": decay,
+                        "name": name,
+                        "layer_group": layer,
+                    }
+                )
     return split
 
 

@@ -169,7 +169,7 @@ def prepare(
     rows = schedule.multipliers
     alike = schedule.interpolation == "step" and all(len({m for m in row if m}) < 2 for row in rows)
     check_optimizer(optimizer, schedule.momentum_form, uniform=alike)
-    names: list[Any] = [group.get("name") for group in optimizer.param_groups]
+    names = layer_group_names(optimizer)
     wanted = list(schedule.layer_groups)
     owners, layers = runs_of(names)
     if layers != wanted:
@@ -188,6 +188,11 @@ def prepare(
     if course.squeezed:
         warnings.warn(course.squeezed, stacklevel=4)
     return course, owners
+
+
+def layer_group_names(optimizer: Optimizer) -> list[Any]:
+    """Name of each parameter group's layer group, None where it has no name."""
+    return [group.get("layer_group", group.get("name")) for group in optimizer.param_groups]
 
 
 def runs_of(names: Sequence[Any]) -> tuple[list[int], list[Any]]:

@@ -34,7 +34,7 @@ class TimmScheduleLR(Scheduler):
         return {
             "total_steps": self._course.total_steps,
             "schedule_digest": self._course.digest(),
-            "base_values": list(self.base_values),
+            "base_values": [float(value) for value in self.base_values],
             "num_updates": self._done,
         }
 

@@ -1,6 +1,8 @@
 """Schedules within the training loops of other packages."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from agents.l2o_controller import L2OController
 from asg_env.schedule import LearnedSchedule
 
+DOCS = Path(__file__).parents[1] / "docs"
 STEPS = 12  # three epochs of four batches
 
 
@@ -112,58 +115,87 @@ def test_lightning_trains_as_a_plain_loop_and_resumes(learned, data, tmp_path, c
     assert_same_weights(second.model, model)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_reports_to_a_live_controller(learned, data, tmp_path):
-    lightning = pytest.importorskip("lightning")
-    controller = Path(__file__).parents[1] / "docs" / "examples" / "controller.safetensors"
+def live_on(optimizer, steps=STEPS) -> L2OController:
+    """A shipped controller at work, before its first decision."""
+    file = DOCS / "examples" / "controller.safetensors"
+    return L2OController(optimizer, file, steps, classes=3, inner_valid=lambda: 1.0)
 
-    def take_over(optimizer):
-        live = L2OController(optimizer, controller, STEPS, classes=3, inner_valid=lambda: 1.0)
-        live.begin(ce=1.0, kl=0.0)
-        return live
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model, self.rates = network(), []
-
-        def training_step(self, batch, _):
-            self.rates.append([g["lr"] for g in self.optimizers().param_groups])
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(learned.param_groups(self.model), momentum=0.9)
-            self.controller = take_over(optimizer)
-            return optimizer
-
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.controller.step(ce=outputs["loss"], kl=0.0)
-
-    module = Module()
-    lightning.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    ).fit(module, DataLoader(data, batch_size=8))
-
-    model, rates = network(), []
-    optimizer = torch.optim.SGD(learned.param_groups(model), momentum=0.9)
-    live = take_over(optimizer)
+def expected_live(groups, model, data) -> list[list[float]]:
+    """Train a network in a plain loop under a live controller; return the rates."""
+    rates, optimizer = [], torch.optim.SGD(groups, momentum=0.9)
+    live = live_on(optimizer)
+    live.begin(ce=1.0, kl=0.0)
     for _ in range(3):
-        for inputs, labels in DataLoader(data, batch_size=8):
+        for batch in DataLoader(data, batch_size=8):
             rates.append([group["lr"] for group in optimizer.param_groups])
-            loss = nn.functional.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
-            loss.backward()
+            losses = []
+            for half in (0, 4):  # accumulated
+                inputs, labels = (part[half : half + 4] for part in batch)
+                loss = nn.functional.cross_entropy(model(inputs), labels)
+                losses.append(loss.detach())
+                (loss / 2).backward()
             optimizer.step()
-            live.step(ce=loss, kl=0.0)
-    assert module.rates == rates
+            live.step(ce=torch.stack(losses).mean(), kl=0.0)
     assert len(set(map(tuple, rates))) > 1
+    return rates
+
+
+def from_the_docs(number: int, **names):
+    """What a block of the reuse page defines."""
+    blocks = re.findall(r"```py\n(.*?)```", (DOCS / "reuse.md").read_text(), re.DOTALL)
+    names |= {"torch": torch, "make_controller": live_on, "first_loss": 1.0}
+    exec(compile(blocks[number], "reuse.md", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_reports_to_a_live_controller_and_resumes(learned, data, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    shown = from_the_docs(0, lightning=lightning, schedule=learned)
+
+    class Module(shown.LiveModule):
+        def __init__(self):
+            super().__init__(network())
+            self.rates = []
+
+        def on_before_optimizer_step(self, optimizer):
+            self.rates.append([g["lr"] for g in optimizer.param_groups])
+
+    def trainer(steps):
+        return lightning.Trainer(
+            max_steps=steps,
+            accumulate_grad_batches=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+
+    model = network()
+    rates = expected_live(learned.param_groups(model, base_lr=0.1), model, data)
+    loader = DataLoader(data, batch_size=4)
+    module = Module()
+    trainer(STEPS).fit(module, loader)
+    assert module.rates == rates
     assert_same_weights(module.model, model)
+
+    class Stops(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = True
+
+    first, half = Module(), trainer(STEPS)
+    half.callbacks.append(Stops())
+    half.fit(first, loader)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    second = Module()
+    trainer(STEPS).fit(second, loader, ckpt_path=tmp_path / "half.ckpt")
+    assert len(first.rates) == 4
+    assert first.rates + second.rates == rates
+    assert_same_weights(second.model, model)
 
 
 class WithLoss(nn.Module):
@@ -216,6 +248,51 @@ def test_hugging_faces_trainer_takes_the_scheduler(learned, data, tmp_path):
     rates.clear()
     again = train(STEPS, resume=str(tmp_path / "checkpoint-8"))
     assert rates == expected(learned, data)[1][8:]
+    assert all(map(torch.equal, again, whole))
+
+
+def test_hugging_faces_trainer_reports_to_a_live_controller_and_resumes(learned, data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rates = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *_, optimizer, **__):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def groups(model):
+        patterns = {name: rf"model\.{p}" for name, p in learned.layer_groups.items()}
+        return learned.regroup(patterns).param_groups(model, base_lr=0.1)
+
+    def train(resume=None):
+        shown = from_the_docs(1, transformers=transformers)
+        model = WithLoss()
+        optimizer = torch.optim.SGD(groups(model), momentum=0.9)
+        keeps = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda _: 1.0)
+        shown.LiveTrainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path),
+                max_steps=STEPS,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                save_steps=4,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+            ),
+            train_dataset=[{"inputs": x, "labels": y} for x, y in data],
+            optimizers=(optimizer, keeps),
+            callbacks=[shown.live, Watch()],
+        ).train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = train()
+    seen = list(rates)
+    assert len(set(map(tuple, seen))) > 1
+    rates.clear()
+    again = train(resume=str(tmp_path / "checkpoint-8"))
+    assert rates == seen[8:]
     assert all(map(torch.equal, again, whole))
 
 

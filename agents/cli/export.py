@@ -173,7 +173,7 @@ def exported(
         console.print(f"{episodes - schedule.episodes} of {episodes} rollouts diverged, left out")
     of = f"{selection} of {schedule.episodes} rollouts, {schedule.provenance['actions']} actions"
     console.print(f"multipliers at scale {scale:g}: {of}")
-    console.print(heat_map(schedule))
+    console.print(heat_map(schedule, console.width))
     return schedule
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from asg_env.schedule import LearnedSchedule
 from asg_env.schedulers import Course
 from asg_env.task_settings import settings_class
 from asg_env.tasks import TASK_MODULES
+from asg_env.user_code import is_user_code
 from asg_env.validation import ConfigError, validate
 
 UNUSED = ("instances", "split")  # --seed and --scale say which instance
@@ -88,7 +90,7 @@ def fit_command(
     policy: Policy | None = None
     if schedule is not None:
         learned = load_schedule(schedule)
-        start = {**learned.settings, "base_lr": learned.base_lr}
+        start = _start(learned, overrides or ())
         validate(settings_class(task), start, "schedule.settings")
     elif controller is not None:
         if controller.is_file():
@@ -200,6 +202,22 @@ def _check_unchanged(
                 f"`env.{name}` must be {then}, as the {what} was learned with it, got {now}; leave "
                 "it out"
             )
+
+
+def _start(schedule: LearnedSchedule, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings that a schedule was learned with; never code that its file names."""
+    start = {**schedule.settings, "base_lr": schedule.base_lr}
+    guidance = start.get("guidance")
+    own = [name for name in guidance or () if is_user_code(name)]
+    if any(re.match(r"env\.(guidance|kl_weight)=", override) for override in overrides):
+        start.pop("guidance", None)
+    elif own:
+        raise ConfigError(
+            f"`env.guidance` must be set: the schedule was learned with the term {own[0]}, and no "
+            "file is run because a schedule names it; add --set env.guidance=..., with that term "
+            "or without"
+        )
+    return start
 
 
 def _scheduled(schedule: LearnedSchedule, total_steps: int) -> ScheduleController:

@@ -21,10 +21,14 @@ def show_command(
     picture = out or schedule.with_suffix(".png")
     if picture.suffix != ".png":
         raise ConfigError(f"--out must end in .png, got {picture}; rename it")
-    if picture.exists() and not overwrite:
+    keep = picture.exists() and not overwrite
+    if keep and out is not None:
         raise ConfigError(f"{picture} exists; add --overwrite or choose another --out")
     console.print(_in_words(learned))
-    console.print(heat_map(learned))
+    console.print(heat_map(learned, console.width))
+    if keep:
+        console.print(f"{picture} exists and stays as it is; --overwrite draws it again")
+        return
     try:
         draw_schedule(learned, picture)
     except OSError as error:

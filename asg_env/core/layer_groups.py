@@ -75,7 +75,7 @@ def build_param_groups(
     if not (math.isfinite(base_lr) and base_lr > 0):
         raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
     return [
-        {"params": parameters, "lr": base_lr, "initial_lr": base_lr, "name": name}
+        {"params": parameters, "lr": base_lr, "name": name}
         for name, parameters in split_parameters(model, patterns).items()
     ]
 

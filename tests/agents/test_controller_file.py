@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agents.controller_file import controller_of, read_controller
+from agents.controller_file import Controller, controller_of, read_controller
 from agents.l2o_controller import L2OController
 from agents.numpy_policy import NumpyPolicy, choose
 from agents.run_folder import RunFolder
@@ -71,12 +71,26 @@ def test_a_file_is_used_where_its_path_is_given(controller, path):
     found = []
     for given in (controller, path, str(path)):
         optimizer = torch.optim.SGD(
-            [{"params": [*layer.parameters()], "lr": 0.1} for layer in model]
+            [
+                {"params": [*layer.parameters()], "lr": 0.1, "name": str(i)}
+                for i, layer in enumerate(model)
+            ]
         )
         live = L2OController(optimizer, given, 6, classes=3, inner_valid=lambda: 1.0)
         live.begin(ce=1.0, kl=0.0)
         found.append(live.multipliers)
     assert found[0] == found[1] == found[2]
+
+
+def test_other_versions_and_another_choice_of_actions_are_the_same_controller(controller):
+    moved = controller.record.model_copy(
+        update={"provenance": {"torch": "9"}, "greedy": not controller.record.greedy}
+    )
+    assert Controller(moved, controller.weights).digest() == controller.digest()
+    other = controller.record.model_copy(update={"horizon": 7})
+    assert Controller(other, controller.weights).digest() != controller.digest()
+    weights = {name: tensor + 1 for name, tensor in controller.weights.items()}
+    assert Controller(controller.record, weights).digest() != controller.digest()
 
 
 def test_a_controller_that_cannot_be_written_leaves_nothing(controller, tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """The four runtimes of a controller's network agree over whole episodes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from agents.controller_file import read_controller
 from agents.controller_formats import write_onnx, write_torch
 from agents.numpy_policy import NumpyPolicy
 from agents.rollout import run_policy
 from asg_env.validation import ConfigError
 
-KINDS = ["coordinate-wise", "per-feature"]
+KINDS = ["coordinate-wise", "per-feature", "shipped"]  # the last has been trained
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 class Watched:
@@ -28,13 +31,15 @@ class Watched:
 
 @pytest.fixture(params=KINDS)
 def controller(request, make_env, controller_for):
+    if request.param == "shipped":
+        return read_controller(EXAMPLES / "controller.safetensors")
     return controller_for(make_env(observation="normalised", horizon=6).settings, request.param)
 
 
 @pytest.fixture
 def seen(controller, make_env, instance):
     """Observations of a whole episode, (T, D)."""
-    env = make_env(observation="normalised", horizon=6)
+    env = make_env(observation="normalised", horizon=controller.record.horizon)
     policy = Watched(controller.policy(env.trainer.layer_groups))
     episode = run_policy(env, policy, instance, seed=1, deterministic=True)
     assert not episode.diverged
@@ -89,11 +94,32 @@ def test_a_program_of_torch_export_agrees_with_torch(controller, seen, tmp_path)
     assert json.loads(files["controller"])["layer_groups"] == list(controller.record.layer_groups)
 
 
-def test_memoryless_policies_are_written_too(make_settings, controller_for, tmp_path):
+@pytest.fixture
+def memoryless(make_settings, controller_for):
     controller = controller_for(make_settings(), "per-feature")
     network = controller.record.network.model_copy(update={"memoryless": True})
     record = controller.record.model_copy(update={"network": network})
-    write_torch(type(controller)(record, controller.weights), tmp_path / "c.pt2")
+    return type(controller)(record, controller.weights)
+
+
+def test_memoryless_policies_are_written_as_onnx_too(memoryless, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    write_onnx(memoryless, tmp_path / "c.onnx")
+    session = runtime.InferenceSession(tmp_path / "c.onnx", providers=["CPUExecutionProvider"])
+    rows = np.linspace(-1, 1, 2 * len(memoryless.record.labels), dtype=np.float32).reshape(2, -1)
+    expected = in_torch(memoryless, rows)
+    for state in (zeros(memoryless).numpy(), np.ones_like(zeros(memoryless).numpy())):
+        for row, odds in zip(rows, expected, strict=True):
+            found, after = session.run(
+                ["probabilities", "next_state"], {"observation": row, "state": state}
+            )
+            np.testing.assert_allclose(found, odds, rtol=0, atol=1e-6)
+            assert not after.any()
+
+
+def test_memoryless_policies_are_written_too(memoryless, tmp_path):
+    controller, record = memoryless, memoryless.record
+    write_torch(memoryless, tmp_path / "c.pt2")
     program = torch.export.load(tmp_path / "c.pt2").module()
     row = torch.linspace(-1, 1, len(record.labels))
     first, after = program(row, zeros(controller))

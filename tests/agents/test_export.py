@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,14 @@ import torch
 import yaml
 
 from agents.export import export_schedule
+from agents.fit import ScheduleController, fit
 from agents.policy import RandomPolicy
 from agents.rollout import run_policy
 from agents.train import load_policies
+from asg_env.build import build_trainer
 from asg_env.instances import TRAIN_SEEDS
 from asg_env.schedule import LearnedSchedule
+from asg_env.schedulers import Course
 from asg_env.task_settings import settings_class
 from asg_env.tasks import load_task
 from asg_env.validation import ConfigError, validate
@@ -85,7 +89,7 @@ def test_export_records_what_the_multipliers_were_learned_with(trained_run, poli
     env = trained_run.experiment.env
     assert schedule.layer_groups == dict(load_task(TASK).layer_groups)
     assert (schedule.task, schedule.instances) == (TASK, "unknown-scale")
-    assert (schedule.base_lr, schedule.base_lr_scale) == (env.base_lr, 2.0)
+    assert (schedule.base_lr, schedule.base_lr_scale) == (env.base_lr * 2.0, 2.0)
     assert (schedule.optimizer, schedule.momentum_form) == ("sgd", "pytorch")
     assert (schedule.lr_factor, schedule.inner_steps) == ("constant", 6)
     assert schedule.provenance["config_digest"] == trained_run.experiment.digest()
@@ -126,6 +130,47 @@ def test_export_leaves_diverged_rollouts_out(trained_run, inline_pool, make_sett
     assert [episode.diverged for episode in pool.episodes] == [True, False, True, False]
     assert schedule.episodes == 2
     np.testing.assert_array_equal(schedule.multipliers, np.zeros((3, 5)))
+
+
+def test_a_schedule_trains_at_the_rates_of_its_rollouts(trained_run, policy, pool):
+    schedule = export_schedule(trained_run, policy, pool, scale=0.1, episodes=1, deterministic=True)
+    (episode,) = pool.episodes
+    settings = trained_run.experiment.env
+
+    def trained(**changes):
+        instance = replace(episode.instance, **changes.pop("instance", {}))
+        trainer = build_trainer(TASK, settings.model_copy(update=changes))
+        fit(trainer, ScheduleController(Course(schedule, 6)), instance, settings.windows())
+        return trainer.weights()
+
+    in_rollouts = trained()
+    nominal = trained(base_lr=schedule.base_lr, instance={"base_lr_scale": 1.0})
+    assert all(torch.equal(nominal[name], tensor) for name, tensor in in_rollouts.items())
+
+
+def test_the_median_is_the_rollout_nearest_to_it_in_logarithms(trained_run, make_episode):
+    def rollout(*multipliers):
+        held = np.array([multipliers, multipliers, multipliers])
+        return replace(make_episode([0.0] * 3, accuracy=[0.2] * 4), multipliers=held)
+
+    class Pool:
+        def map(self, function, jobs):
+            # The median of each group is .03 and .1; the third has one of them and is near the
+            # other in logarithms, the first is nearer in plain distance.
+            return iter(
+                [
+                    rollout(0.03, 0.0, 1, 1, 1),
+                    rollout(1.0, 0.1, 1, 1, 1),
+                    rollout(0.03, 0.3, 1, 1, 1),
+                    rollout(0.0, 0.1, 1, 1, 1),
+                    rollout(0.1, 1.0, 1, 1, 1),
+                ]
+            )
+
+    schedule = export_schedule(
+        trained_run, None, Pool(), episodes=5, selection="median", deterministic=True
+    )
+    assert schedule.multipliers == ((0.03, 0.3, 1, 1, 1),) * 3
 
 
 @pytest.mark.parametrize("selection", ["median", "best"])

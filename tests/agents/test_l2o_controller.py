@@ -1,6 +1,7 @@
 """The live controller in a plain PyTorch loop, against the environment that it was trained in."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from asg_env.core.data import DataOrder
 from asg_env.core.layer_groups import build_param_groups
 from asg_env.core.optimizers import ScaledVelocitySGD
 from asg_env.core.seeding import torch_generator
+from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import load_task
 
 TASK = "ASG/Digits-v0"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 class Loop:
@@ -165,7 +168,10 @@ def layers(count, width=3) -> nn.Sequential:
 
 
 def groups_of(model, lr=0.1):
-    return [{"params": [*layer.parameters()], "lr": lr} for layer in model]
+    return [
+        {"params": [*layer.parameters()], "lr": lr, "name": f"layer{i}"}
+        for i, layer in enumerate(model)
+    ]
 
 
 def small(controller, optimizer, total=6, **settings):
@@ -207,6 +213,26 @@ def test_a_per_feature_controller_drives_its_own_number_of_groups(make_settings,
         small(controller, torch.optim.SGD(groups_of(layers(7))))
 
 
+def test_groups_in_another_order_are_refused(make_settings, controller_for):
+    for kind in ("per-feature", "coordinate-wise"):
+        controller = controller_for(make_settings(**SMALL), kind)
+        names = list(controller.record.layer_groups)
+        groups = groups_of(layers(5))
+        swapped = [*names[:3], names[4], names[3]]
+        named = [{**g, "name": n} for g, n in zip(groups, swapped, strict=True)]
+        with pytest.raises(ValueError, match=r"in the order \['conv1', .* 'head'\], input to head"):
+            small(controller, torch.optim.SGD(named))
+
+
+@pytest.mark.parametrize("named", [0, 1])
+def test_groups_without_a_name_are_no_layer_groups(normalised, named):
+    decayed, spared = groups_of(layers(2))
+    del spared["name"]
+    groups = [decayed, spared] if named else [{"params": [*layers(2).parameters()], "lr": 0.1}]
+    with pytest.raises(ValueError, match=rf"must have the `name` .* got {len(groups)} groups, 1 w"):
+        small(normalised, torch.optim.SGD(groups))
+
+
 def test_decisions_come_every_so_many_steps_where_that_is_said(normalised):
     model = layers(2)
     optimizer = torch.optim.SGD(groups_of(model))
@@ -233,6 +259,14 @@ def test_groups_that_were_split_by_decay_are_one_layer_group(normalised):
     assert rates[2] == rates[3]
     with pytest.raises(ValueError, match=r"must be neighbours, got \['layer0', 'layer1', 'layer0'"):
         small(normalised, torch.optim.SGD([split[0], split[2], split[1]]))
+
+
+def test_groups_that_a_schedule_split_by_decay_are_one_layer_group(normalised):
+    schedule = LearnedSchedule.load(EXAMPLES / "schedule.json")
+    model = torch.nn.ModuleDict({"backbone": layers(4), "head": torch.nn.Linear(3, 2)})
+    optimizer = torch.optim.AdamW(schedule.param_groups(model, weight_decay=0.1))
+    assert [g["name"] for g in optimizer.param_groups][:2] == ["conv1", "conv1/no_decay"]
+    assert small(normalised, optimizer).layer_groups == tuple(schedule.layer_groups)
 
 
 def test_a_diverged_training_is_no_error(normalised):
@@ -368,7 +402,7 @@ def test_misuse_is_told(normalised, make_settings):
     model = layers(2)
     optimizer = torch.optim.SGD(groups_of(model))
     controller = small(normalised, optimizer, total=2, every=1)
-    assert controller.multipliers == {"0": 0.01, "1": 0.01}  # where it starts from
+    assert controller.multipliers == {"layer0": 0.01, "layer1": 0.01}  # where it starts from
     with pytest.raises(ValueError, match="has not begun; call begin"):
         controller.step(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match=r"terms beside ce and kl must be \[\].*got \['ewc'\]"):
@@ -421,7 +455,7 @@ def test_momentum_of_another_form_is_refused(normalised):
     ("changes", "message"),
     [
         ({"total_steps": 7}, "`total_steps` must be 7, as when the state was saved, got 6"),
-        ({"layer_groups": ["a"]}, r"`layer_groups` must be \['a'\].*got \['0', '1'\]"),
+        ({"layer_groups": ["a"]}, r"`layer_groups` must be \['a'\].*got \['layer0', 'layer1'\]"),
         ({"controller": "another"}, "`controller` must be another, as when the state was saved"),
         ({"speed": 1}, r"for \['speed'\] it is not"),
     ],

@@ -37,22 +37,29 @@ def shown(text, **settings) -> str:
 
 
 def test_heat_map_without_colour_says_it_by_the_density_of_letters(learned):
-    lines = shown(heat_map(learned), color_system=None).splitlines()
-    half = COLUMNS // 2
+    lines = shown(heat_map(learned, 100), color_system=None).splitlines()
+    half = COLUMNS[1] // 2
     assert lines[0] == f"conv {'@' * half}{' ' * half} 1, 1, 0.001"
     assert lines[1].startswith(f"head {' ' * half}")
     assert lines[1].endswith(" 0, 0.1, 0.1")
-    assert len(set(lines[1][5 + half : 5 + COLUMNS])) == 1
+    assert len(set(lines[1][5 + half : 5 + 2 * half])) == 1
     assert [float(number) for number in re.findall(r"[\d.]*\d", lines[3])] == pytest.approx(
         [0.001, 0.0032, 0.01, 0.032, 0.1, 0.32, 1]
     )
 
 
 def test_heat_map_in_colour_goes_from_dark_to_bright(learned):
-    text = shown(heat_map(learned), force_terminal=True, color_system="truecolor")
+    text = shown(heat_map(learned, 100), force_terminal=True, color_system="truecolor")
     colours = re.findall(r"48;2;(\d+);(\d+);(\d+)m", text.splitlines()[0])
     first, last = (np.array(colours[i], int) for i in (0, -1))
     assert first.sum() > 350 > 200 > last.sum()
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_heat_map_fits_into_the_terminal(learned, width):
+    lines = heat_map(learned, width).plain.splitlines()
+    assert max(map(len, lines[:3])) == width
+    assert max(map(len, heat_map(learned, 10).plain.splitlines()[:3])) > 20  # and is not too small
 
 
 def test_the_training_is_read_in_equal_parts(learned):

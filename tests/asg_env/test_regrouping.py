@@ -100,6 +100,18 @@ def test_frozen_layers_are_no_groups_and_the_last_that_trains_is_the_head():
     assert list(depth_groups(model)) == ["body.stages.0.1", "body.stages.1.0", "head"]
 
 
+def test_frozen_blocks_count_for_the_depth_of_those_behind_them(five):
+    whole, model = five.by_depth(Backbone((12,))), Backbone((12,))
+    model.token.requires_grad_(False)
+    model.conv.requires_grad_(False)
+    model.body.stages[0][:6].requires_grad_(False)
+    model.old_head = nn.Linear(4, 7).requires_grad_(False)  # behind the head
+    partly = five.by_depth(model)
+    assert list(partly.layer_groups) == list(whole.layer_groups)[7:]
+    assert partly.sources == {name: whole.sources[name] for name in partly.layer_groups}
+    torch.optim.SGD(partly.param_groups(model))
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2)), nn.ReLU()])
 def test_a_model_without_a_body_is_refused(model):
     with pytest.raises(ValueError, match="must have two layers or more with trainable parameters"):

@@ -212,16 +212,17 @@ def test_param_groups_spare_biases_and_norms_the_decay(make_schedule):
     found = [(g["name"], g["weight_decay"], [named[id(p)] for p in g["params"]]) for g in groups]
     assert found == [
         ("body", 0.05, ["0.weight"]),
-        ("body", 0.0, ["0.bias", "1.weight", "1.bias"]),
+        ("body/no_decay", 0.0, ["0.bias", "1.weight", "1.bias"]),
         ("head", 0.05, ["2.weight"]),
     ]
+    assert [group["layer_group"] for group in groups] == ["body", "body", "head"]
 
 
-def test_param_groups_name_the_groups_and_set_both_rates(make_schedule, make_network):
+def test_param_groups_name_the_groups_and_set_their_rates(make_schedule, make_network):
     model = make_network()
     groups = make_schedule().param_groups(model, base_lr=0.05)
     assert [group["name"] for group in groups] == ["body", "head"]
-    assert [(group["lr"], group["initial_lr"]) for group in groups] == [(0.05, 0.05)] * 2
+    assert [group["lr"] for group in groups] == [0.05] * 2
     assert [len(group["params"]) for group in groups] == [2, 2]
     assert groups[0]["params"][0] is model[0].weight
 

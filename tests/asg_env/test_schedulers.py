@@ -90,15 +90,24 @@ def test_schedule_lr_state_is_plain_numbers(make_schedule, make_network):
 @pytest.mark.parametrize(
     "optimizer_first", [False, True], ids=["scheduler-first", "optimizer-first"]
 )
-@pytest.mark.parametrize("at", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("at", "kind"),
+    [*((at, "SGD") for at in (0, 1, 3, 4, 7)), (3, "AdamW"), (3, "decay"), (3, "linear")],
+)
 def test_schedule_lr_resumes_midway_exactly(
-    tmp_path, at, optimizer_first, make_schedule, make_network
+    tmp_path, at, kind, optimizer_first, make_schedule, make_network
 ):
-    learned = make_schedule()
+    learned = make_schedule(interpolation="linear" if kind == "linear" else "step")
+
+    def make_optimizer(model):
+        if kind in ("AdamW", "decay"):
+            decay = 0.1 if kind == "decay" else None
+            return torch.optim.AdamW(learned.param_groups(model, 0.01, weight_decay=decay))
+        return sgd(model, learned, base_lr=0.01)
 
     def build():
         model = make_network()
-        optimizer = sgd(model, learned, base_lr=0.01)
+        optimizer = make_optimizer(model)
         return model, optimizer, learned.to_torch(optimizer, 8)
 
     model, optimizer, scheduler = build()
@@ -115,7 +124,7 @@ def test_schedule_lr_resumes_midway_exactly(
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     model = make_network()
     model.load_state_dict(stored["model"])
-    optimizer = sgd(model, learned, base_lr=0.01)
+    optimizer = make_optimizer(model)
     if optimizer_first:  # making a scheduler sets the rates of its first step
         optimizer.load_state_dict(stored["optimizer"])
         scheduler = learned.to_torch(optimizer, 8)
@@ -262,7 +271,7 @@ def test_schedule_lr_refuses_a_group_that_comes_back(make_schedule, make_network
 def test_schedule_lr_writes_rates_that_are_tensors_in_place(make_schedule, make_network):
     learned = make_schedule()
     groups = learned.param_groups(make_network(), base_lr=0.25)
-    groups = [{**g, "lr": torch.tensor(0.25), "initial_lr": torch.tensor(0.25)} for g in groups]
+    groups = [{**g, "lr": torch.tensor(0.25)} for g in groups]
     optimizer = torch.optim.SGD(groups)
     held = [group["lr"] for group in optimizer.param_groups]
     scheduler = learned.to_torch(optimizer, 8)
@@ -290,7 +299,6 @@ class Named:
 @pytest.mark.parametrize(
     ("name", "defaults", "message"),
     [
-        ("Rprop", {}, "Rprop cannot take a rate .* step length for every weight"),
         ("Prodigy", {}, "Prodigy cannot take a rate .* one step length for all groups"),
         ("DAdaptAdam", {}, "DAdaptAdam cannot take a rate .* for all groups"),
         ("Adafactor", {"relative_step": True}, "relative_step makes it set its own rate"),
@@ -306,6 +314,23 @@ def test_schedule_lr_refuses_optimizers_without_rates_by_group(
         learned.to_torch(optimizer, 8)
 
 
+def test_schedule_lr_refuses_rprop(make_schedule, make_network):
+    learned = make_schedule()
+    optimizer = torch.optim.Rprop(learned.param_groups(make_network(), 0.1))
+    with pytest.raises(ValueError, match="Rprop cannot take a rate .* step length for every weig"):
+        learned.to_torch(optimizer, 8)
+
+
+def test_schedule_lr_drives_groups_whose_rates_were_edited(make_schedule, make_network):
+    learned = make_schedule()
+    groups = learned.param_groups(make_network(), base_lr=0.1)
+    groups[-1]["lr"] = 0.5
+    optimizer = torch.optim.SGD(groups)
+    assert rates_over(optimizer, learned.to_torch(optimizer, 8), 1) == [
+        [0.1 * learned.multipliers[0][0], 0.5 * learned.multipliers[0][1]]
+    ]
+
+
 def test_schedule_lr_takes_one_rate_for_all_where_the_schedule_has_one(make_schedule, make_network):
     rows = ((1.0, 1.0), (0.5, 0.0), (0.1, 0.1))
     learned = make_schedule(multipliers=rows, optimizer="prodigy")
@@ -318,15 +343,15 @@ def test_schedule_lr_takes_one_rate_for_all_where_the_schedule_has_one(make_sche
         between.to_torch(Named("Prodigy", groups), 8)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "RAdam", "Adafactor", "Muon"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam", "NAdam", "Adagrad", "Adafactor"])
 def test_schedule_lr_drives_other_optimizers_and_warns_of_the_base_rate(
     make_schedule, make_network, name
 ):
     learned = make_schedule()
-    optimizer = Named(name, learned.param_groups(make_network()))
+    optimizer = getattr(torch.optim, name)(learned.param_groups(make_network()))
     with pytest.warns(UserWarning, match=f"0.3 was learned with sgd and is used with {name}"):
         learned.to_torch(optimizer, 8)
-    optimizer = Named(name, learned.param_groups(make_network(), base_lr=0.001))
+    optimizer = getattr(torch.optim, name)(learned.param_groups(make_network(), base_lr=0.001))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = learned.to_torch(optimizer, 8)

@@ -260,6 +260,14 @@ def test_show_prints_and_draws_a_schedule(asg, schedule, tmp_path):
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
     assert asg("show", tmp_path / "mine.json", "--out", tmp_path / "other.png").status == 0
     assert (tmp_path / "other.png").exists()
+    (tmp_path / "mine.png").write_text("kept")
+    again = asg("show", tmp_path / "mine.json")
+    assert again.status == 0
+    assert again.out.splitlines()[2:7] == result.out.splitlines()[2:7]
+    assert "mine.png exists and stays" in " ".join(again.out.split())
+    assert (tmp_path / "mine.png").read_text() == "kept"
+    assert asg("show", tmp_path / "mine.json", "--overwrite").status == 0
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_export_repeats_the_schedule_of_training(asg, done, inline, tmp_path):

@@ -101,6 +101,17 @@ def test_fit_refuses_decisions_that_a_controller_was_not_trained_for(fails, run,
     assert message in fails("fit", TASK, *arguments)
 
 
+def test_fit_runs_no_file_that_a_schedule_names(asg, fails, schedule, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("raise SystemExit('run')")
+    settings = {**schedule.settings, "guidance": {f"{mine}:Term": 0.1}}
+    schedule.with_changes(settings=settings).save(tmp_path / "s.json")
+    arguments = (TASK, "--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    message = fails("fit", *arguments)
+    assert f"the term {mine}:Term, and no file is run because a schedule names it" in message
+    assert asg("fit", *arguments, "--set", "env.kl_weight=0.1").status == 0
+
+
 def test_fit_refuses_to_stretch_a_common_factor(fails, schedule, tmp_path):
     settings = {**schedule.settings, "lr_factor": "warmup-poly"}
     schedule.with_changes(lr_factor="warmup-poly", settings=settings).save(tmp_path / "s.json")

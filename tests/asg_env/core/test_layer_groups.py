@@ -66,10 +66,10 @@ def test_split_parameters_treats_a_group_of_frozen_parameters_as_empty(model):
 def test_build_param_groups_names_groups_and_sets_the_base_rate(model):
     groups = build_param_groups(model, PATTERNS, 0.2)
 
-    assert [(g["name"], g["lr"], g["initial_lr"]) for g in groups] == [
-        ("first", 0.2, 0.2),
-        ("middle", 0.2, 0.2),
-        ("last", 0.2, 0.2),
+    assert [(g["name"], g["lr"]) for g in groups] == [
+        ("first", 0.2),
+        ("middle", 0.2),
+        ("last", 0.2),
     ]
     torch.optim.SGD(groups)  # PyTorch takes them as they are
 
@@ -97,7 +97,6 @@ def test_set_learning_rates_writes_one_rate_per_group(model):
     set_learning_rates(optimizer, [0.1, 0.0, 0.3])
 
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.0, 0.3]
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.2] * 3
 
 
 def test_set_learning_rates_refuses_a_wrong_number_of_rates(model):
