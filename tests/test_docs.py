@@ -109,7 +109,8 @@ def test_code_of_the_reuse_page_runs(tmp_path, monkeypatch, capsys):
         "total_steps": 150,
         "first_loss": 1.6,
         "inner_valid": lambda: 1.6,
-        "batches": [(torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4))] * 12,  # more than a window
+        "batches": [(torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4))]
+        * 12,  # more than a window
         "observation": np.zeros(NumpyPolicy.load("controller.safetensors").width, np.float32),
     }
     for block in blocks("reuse.md", "python"):
