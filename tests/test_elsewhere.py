@@ -210,54 +210,60 @@ class WithLoss(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_hugging_faces_trainer_takes_the_scheduler(learned, data, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def hugging_face(transformers, data, folder):
+    """Rates as they are seen, what every Trainer here is given, and the callback that looks."""
     rates = []
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_, optimizer, **__):
             rates.append([group["lr"] for group in optimizer.param_groups])
 
-    def train(steps, resume=None):
+    settings = {
+        "args": transformers.TrainingArguments(
+            str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            save_steps=4,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        ),
+        "train_dataset": [{"inputs": x, "labels": y} for x, y in data],
+    }
+    return rates, settings, Watch()
+
+
+def test_hugging_faces_trainer_takes_the_scheduler(learned, data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rates, settings, watch = hugging_face(transformers, data, tmp_path)
+
+    def train(resume=None):
         model = WithLoss()
         patterns = {name: rf"model\.{p}" for name, p in learned.layer_groups.items()}
         mapped = learned.regroup(patterns)
         optimizer = torch.optim.SGD(mapped.param_groups(model), momentum=0.9)
         trainer = transformers.Trainer(
             model,
-            transformers.TrainingArguments(
-                str(tmp_path),
-                max_steps=steps,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=2,
-                save_steps=4,
-                use_cpu=True,
-                report_to=[],
-                disable_tqdm=True,
-                logging_strategy="no",
-            ),
-            train_dataset=[{"inputs": x, "labels": y} for x, y in data],
+            **settings,
             optimizers=(optimizer, mapped.to_torch(optimizer, STEPS)),
-            callbacks=[Watch()],
+            callbacks=[watch],
         )
         trainer.train(resume_from_checkpoint=resume)
         return [p.detach().clone() for p in model.parameters()]
 
-    whole = train(STEPS)
+    whole = train()
     assert rates == expected(learned, data)[1]
     rates.clear()
-    again = train(STEPS, resume=str(tmp_path / "checkpoint-8"))
+    again = train(resume=str(tmp_path / "checkpoint-8"))
     assert rates == expected(learned, data)[1][8:]
     assert all(map(torch.equal, again, whole))
 
 
 def test_hugging_faces_trainer_reports_to_a_live_controller_and_resumes(learned, data, tmp_path):
     transformers = pytest.importorskip("transformers")
-    rates = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_step_begin(self, *_, optimizer, **__):
-            rates.append([group["lr"] for group in optimizer.param_groups])
+    rates, settings, watch = hugging_face(transformers, data, tmp_path)
 
     def groups(model):
         patterns = {name: rf"model\.{p}" for name, p in learned.layer_groups.items()}
@@ -270,20 +276,9 @@ def test_hugging_faces_trainer_reports_to_a_live_controller_and_resumes(learned,
         keeps = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda _: 1.0)
         shown.LiveTrainer(
             model,
-            transformers.TrainingArguments(
-                str(tmp_path),
-                max_steps=STEPS,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=2,
-                save_steps=4,
-                use_cpu=True,
-                report_to=[],
-                disable_tqdm=True,
-                logging_strategy="no",
-            ),
-            train_dataset=[{"inputs": x, "labels": y} for x, y in data],
+            **settings,
             optimizers=(optimizer, keeps),
-            callbacks=[shown.live, Watch()],
+            callbacks=[shown.live, watch],
         ).train(resume_from_checkpoint=resume)
         return [p.detach().clone() for p in model.parameters()]
 

@@ -28,18 +28,6 @@ def row(**changes):
 
 
 @pytest.fixture
-def refused(make_plan):
-    """Return the sentence that rows are refused with."""
-
-    def refuse(rows, **others):
-        with pytest.raises(ConfigError) as error:
-            make_plan(rows, **others)
-        return str(error.value)
-
-    return refuse
-
-
-@pytest.fixture
 def methods(make_plan):
     """Return a row's candidates, by what they are called."""
 
@@ -326,3 +314,15 @@ def test_digest_knows_a_controllers_checkpoint(make_plan, run):
     with safe_open(str(path), framework="pt") as file:
         save_file(tensors, str(path), file.metadata())
     assert make_plan([row()], runs=[run]).digest() != before
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("uniform", {"decay": 0.5}), ("layer-decay", {"share": 1}), ("pilot-search", {"top": 1})],
+)
+def test_method_refuses_options_that_its_rule_does_not_take(methods, rule, options):
+    rate = None if rule == "pilot-search" else 0.1
+    (method,) = methods(rule=rule, rate=rate, options=options).values()
+    with pytest.raises(ConfigError) as error:
+        method.controller(SimpleNamespace(layer_groups=("a", "b")))
+    assert str(error.value).startswith(f"`options` must fit the rule {rule}, got {options}: ")

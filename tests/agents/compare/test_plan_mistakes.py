@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 
 from agents.compare.plan import CONTROLLER
@@ -15,29 +13,6 @@ def row(**changes):
     """A row of the file; a change of None takes the key away."""
     values = {"name": "a", "rate": 0.1, **changes}
     return {key: value for key, value in values.items() if value is not None}
-
-
-@pytest.fixture
-def refused(make_plan):
-    """Return the sentence that rows are refused with."""
-
-    def refuse(rows, **others):
-        with pytest.raises(ConfigError) as error:
-            make_plan(rows, **others)
-        return str(error.value)
-
-    return refuse
-
-
-@pytest.fixture
-def methods(make_plan):
-    """Return a row's candidates, by what they are called."""
-
-    def candidates(shared=0.7, others=(), env=None, **changes):
-        plan = make_plan([row(**changes), *others], **(env or {}))
-        return dict(plan.row(plan.wanted.rows[0], shared).candidates)
-
-    return candidates
 
 
 @pytest.mark.parametrize(
@@ -244,15 +219,3 @@ def test_plan_refuses_claims_about_rows_that_are_not_there(refused, make_plan):
     assert "got 'b'" in refused([row()], claims=[{**claim, "better": "b", "worse": "a"}])
     # A controller may not have been given.
     make_plan([row()], claims=[{**claim, "worse": CONTROLLER}])
-
-
-@pytest.mark.parametrize(
-    ("rule", "options"),
-    [("uniform", {"decay": 0.5}), ("layer-decay", {"share": 1}), ("pilot-search", {"top": 1})],
-)
-def test_method_refuses_options_that_its_rule_does_not_take(methods, rule, options):
-    rate = None if rule == "pilot-search" else 0.1
-    (method,) = methods(rule=rule, rate=rate, options=options).values()
-    with pytest.raises(ConfigError) as error:
-        method.controller(SimpleNamespace(layer_groups=("a", "b")))
-    assert str(error.value).startswith(f"`options` must fit the rule {rule}, got {options}: ")
