@@ -35,6 +35,12 @@ def episodes_of_comparison(experiment: Experiment, groups: int) -> int:
     return tuning + searches + rows * train.test_instances
 
 
+def percent(share: float) -> str:
+    """A share in whole per cent; what is less than one, but there, is not called 0."""
+    text = f"{share:.0%}"
+    return "<1%" if share > 0 and text == "0%" else text
+
+
 def _cells(entry: dict[str, Any]) -> list[str]:
     estimate = entry["accuracy"]
     difference = entry.get("controller_minus_this")
@@ -46,7 +52,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         f"{entry['mean']:.3f} ± {entry['std_over_instances']:.3f}",
         f"{entry['overall_accuracy']:.3f}",
         "–" if entry["retention"] is None else f"{entry['retention']:.3f}",
-        f"{entry['diverged']:.0%}",
+        percent(entry["diverged"]),
         str(entry["cost"]["episodes"]),
         ""
         if difference is None
@@ -68,7 +74,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
             entry["name"] + ("*" if entry["reference"] else ""),
             f"{accuracy['iqm']:.3f} [{accuracy['low']:.3f} {accuracy['high']:.3f}]",
             f"{entry['mean']:.3f}",
-            f"{entry['diverged']:.0%}",
+            percent(entry["diverged"]),
             ""
             if difference is None
             else f"{difference['iqm']:+.3f} [{difference['low']:+.3f} {difference['high']:+.3f}]",

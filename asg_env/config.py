@@ -229,7 +229,8 @@ class EnvSettings(Settings):
         if self.action == "relative" and self.start_multiplier not in GRIDS[self.grid]:
             raise ValueError(
                 f"`start_multiplier` must be a level of the {self.grid} grid "
-                f"{list(GRIDS[self.grid])} with relative actions, got {self.start_multiplier}"
+                f"{list(GRIDS[self.grid])} with relative actions, got {self.start_multiplier}; "
+                "set one of these"
             )
         return self
 

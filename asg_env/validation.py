@@ -25,7 +25,7 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
     Args:
         model: The settings class.
         values: Field values, untrusted.
-        where: Prefix of field names in messages, such as `env`.
+        where: Prefix of field names in messages, such as `env`; none if empty.
 
     Raises:
         ConfigError: The first problem, with field, value, bound and fix.
@@ -35,9 +35,11 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
     except ValidationError as error:
         raise ConfigError(_sentence(error, model, where)) from None
     except OverflowError:
-        raise ConfigError(f"`{where}` holds an integer too large to use; lower it") from None
+        what = f"`{where}`" if where else "a setting"
+        raise ConfigError(f"{what} holds an integer too large to use; lower it") from None
     except TypeError as error:  # a key that is not a string
-        raise ConfigError(f"`{where}` must have text keys, got {list(values)}: {error}") from None
+        what = f"`{where}`" if where else "settings"
+        raise ConfigError(f"{what} must have text keys, got {list(values)}: {error}") from None
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:

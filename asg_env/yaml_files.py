@@ -65,5 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path} must hold a mapping of settings, got {type(values).__name__}; see configs/"
+        )
     return values

@@ -74,9 +74,11 @@ class BenchmarkSettings(Settings):
         known = (*TUNED_RULES, SEARCH, RANDOM)
         for name in self.baselines:
             if name not in known:
-                raise ValueError(f"`baselines` must be of {', '.join(known)}, got '{name}'")
+                raise ValueError(
+                    f"`baselines` must be of {', '.join(known)}, got '{name}'; give those"
+                )
             if self.baselines.count(name) > 1:
-                raise ValueError(f"`baselines` must name each once, got '{name}' again")
+                raise ValueError(f"`baselines` must name each once, got '{name}' again; drop it")
         for name in self.agents:
             if name in known or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
@@ -314,5 +316,17 @@ def load_benchmark(name: str, overrides: Sequence[str] = ()) -> Benchmark:
         ConfigError: The file or a value cannot be used.
     """
     values = read_yaml(config_path("benchmark", name))
-    assign(values, [assignment(text) for text in overrides])
-    return Benchmark(validate(BenchmarkSettings, values, "benchmark"))
+    for override in map(assignment, overrides):
+        _open_agent(values, override[1])
+        assign(values, [override])
+    return Benchmark(validate(BenchmarkSettings, values, ""))
+
+
+def _open_agent(values: Mapping[str, Any], key: Sequence[str]) -> None:
+    """Put the settings of an agent in the place of their file's name, where one is to be set."""
+    match key:
+        case ["agents", name, "agent", _, *_]:
+            entry = values.get("agents", {}).get(name)
+            if isinstance(entry, dict) and isinstance(entry.get("agent"), str):
+                entry["agent"] = read_yaml(config_path("agent", entry["agent"]))
+                entry["agent"].pop("updates", None)  # follows from the benchmark's episodes

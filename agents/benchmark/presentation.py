@@ -19,6 +19,7 @@ from agents.benchmark.wording import (
     without_curve,
 )
 from agents.figures import save_figure
+from agents.results import percent
 from agents.run_folder import write_text
 
 RESULTS = "results.json"
@@ -62,7 +63,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         f"{iqm['value']:.3f}",
         f"{iqm['low']:.3f} to {iqm['high']:.3f}",
         f"{entry['mean']:.3f}",
-        f"{entry['diverged']:.0%}",
+        percent(entry["diverged"]),
         f"{entry['seeds']} x {entry['instances']}",
         "–" if entry["retention"] is None else f"{entry['retention']:.3f}",
         f"{entry['cost']['episodes']:.0f}",
@@ -86,7 +87,7 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
                 entry["method"],
                 f"{iqm['value']:.3f} [{iqm['low']:.3f} {iqm['high']:.3f}]",
                 f"{entry['mean']:.3f}",
-                f"{entry['diverged']:.0%}",
+                percent(entry["diverged"]),
                 "" if difference is None else signed(difference),
                 style="bold" if entry["kind"] == "agent" else None,
             )

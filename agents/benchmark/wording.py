@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from agents.results import FEW_SEEDS, IN_WORDS
+from agents.results import FEW_SEEDS, IN_WORDS, percent
 
 FEW_UNITS = 20  # below this a reader is told that the interval is a rough one
 
@@ -45,7 +45,7 @@ def kinds_table(comparison: Mapping[str, Any]) -> tuple[list[str], dict[str, lis
     heads = ["method", *(f"{kind} ({found['instances']})" for kind, found in first.items())]
 
     def cell(found: Mapping[str, float]) -> str:
-        lost = f", {found['diverged']:.0%} diverged" if found["diverged"] else ""
+        lost = f", {percent(found['diverged'])} diverged" if found["diverged"] else ""
         return f"{found['iqm']:.3f}{lost}"
 
     return heads, {e["method"]: [cell(e["by_kind"][kind]) for kind in first] for e in entries}

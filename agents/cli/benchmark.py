@@ -19,6 +19,7 @@ from agents.benchmark.results import summarise_benchmark
 from agents.benchmark.table import (
     MANIFEST,
     check_table,
+    read_manifest,
     read_results,
     write_manifest,
     write_table,
@@ -63,7 +64,7 @@ def benchmark_command(
         return run_in_pool(benchmark, waiting, out, workers or WORKERS, tick)
 
     if executor not in ("pool", "ray"):
-        raise ConfigError(f"--executor must be pool or ray, got '{executor}'")
+        raise ConfigError(f"--executor must be pool or ray, got '{executor}'; give one of these")
     if gpus and executor == "pool":
         raise ConfigError(f"--gpus is used with --executor ray only, got {gpus:g}; leave it out")
     if workers and executor == "ray":
@@ -74,16 +75,16 @@ def benchmark_command(
     benchmark = load_benchmark(name, settings or ())
     trials = benchmark.trials()
     _check_folder(out, resume, overwrite)
+    if executor == "ray":
+        import_ray()
+    with console.status("loading") as status:
+        benchmark.check(lambda what: status.update(f"loading: {what}"))
     if dry_run:
         if not overwrite:
             _check_table(benchmark, out)
         left = [t for t in trials if overwrite or not is_done(benchmark, t, out)]
         _say_what_there_is(benchmark, left, 1 if executor == "ray" else workers or WORKERS)
         return
-    if executor == "ray":
-        import_ray()
-    with console.status("loading") as status:
-        benchmark.check(lambda what: status.update(f"loading: {what}"))
     make_folder(out)
     lock = FileLock(out / LOCK)
     try:
@@ -168,9 +169,9 @@ def _say_what_there_is(benchmark: Benchmark, trials: Sequence[Trial], workers: i
         seconds = seconds_per_episode(suite.task, settings, groups, workers)
     episodes = _total(benchmark, trials)
     console.print(
-        f"{len(trials)} trials, about {episodes:.0f} episodes; at {seconds:.2f} s each about "
-        f"{episodes * seconds / workers / 60:.0f} minutes with {workers} at a time, and what the "
-        "agents themselves compute"
+        f"{len(trials)} trials, about {episodes:.0f} episodes; at {seconds:.2f} s each, beside "
+        f"what else runs now, about {episodes * seconds / workers / 60:.0f} minutes with {workers} "
+        "at a time, and what the agents themselves compute"
     )
 
 
@@ -263,6 +264,8 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
             f"{out} already holds a benchmark; add --resume to go on with it or to add to its "
             "table, --overwrite to start anew, or choose another --out"
         )
+    if there:
+        read_manifest(out)  # other programs have files of this name: nothing of theirs is deleted
     if resume and not there:
         raise ConfigError(f"{out} holds no benchmark to resume; leave --resume out to start one")
     if not there and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):

@@ -113,15 +113,17 @@ def _claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one")
     rows = out / "rows"
+    if not rows.exists() and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no comparison; choose another --out")
     if rows.exists() and overwrite:
+        if any(path.suffix != ".json" for path in rows.iterdir()):
+            raise ConfigError(f"{rows} holds more than a comparison's rows; choose another --out")
         shutil.rmtree(rows)
     if rows.exists() and any(rows.iterdir()) and not resume:
         raise ConfigError(
             f"{out} already holds a comparison; add --resume to go on with it, --overwrite to "
             "start anew, or choose another --out"
         )
-    if not rows.exists() and out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ConfigError(f"{out} is not empty and holds no comparison; choose another --out")
     make_folder(rows)
 
 

@@ -90,6 +90,11 @@ def fit_command(
     policy: Policy | None = None
     if schedule is not None:
         learned = load_schedule(schedule)
+        if learned.task != task:
+            raise ConfigError(
+                f"{schedule} was learned on {learned.task}, got {task}; fit that task, or bring "
+                "the schedule to another network in Python: by_depth or regroup of LearnedSchedule"
+            )
         start = _start(learned, overrides or ())
         validate(settings_class(task), start, "schedule.settings")
     elif controller is not None:

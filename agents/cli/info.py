@@ -37,10 +37,13 @@ def info_command(
     if task is None and (instances is not None or settings):
         raise ConfigError("--instances and --set belong to a task; add --task ID")
     if instances is not None and instances not in VARIED:
-        raise ConfigError(f"--instances must be one of {', '.join(VARIED)}, got {instances}")
+        raise ConfigError(
+            f"--instances must be one of {', '.join(VARIED)}, got '{instances}'; give one of these"
+        )
     report: dict[str, Any] = {"provenance": provenance()}
     if task is not None:
-        report["task"] = _describe(task, env_settings(task, settings or ()))
+        own = [] if instances is None else [f"env.instances={instances}"]
+        report["task"] = _describe(task, env_settings(task, [*(settings or ()), *own]))
     if task is not None and instances is not None:
         listed = published_test_instances(task, instances)
         report["test_instances"] = [instance.to_dict() for instance in listed]

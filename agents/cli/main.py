@@ -69,13 +69,16 @@ def train_command(
     else:
         run = RunFolder.create(out, loaded, resume, overwrite)
     try:
+        workers = loaded.train.workers
+        own = getattr(loaded.agent, "environments", workers)  # of stable-baselines3's algorithms
         minutes = estimate_minutes(loaded, episodes_of_comparison(loaded, len(loaded.layer_groups)))
         console.print(
             f"{loaded.task}, {loaded.env.instances}: {loaded.train.seeds} training seed(s) of "
-            f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each, on "
-            f"{loaded.train.workers} worker(s)\nestimate{' of the whole run' if resume else ''}: "
+            f"{loaded.agent.episodes} episodes, {minutes['seconds_per_episode']:.2f} s each beside "
+            f"what else runs now, on {own} worker(s)\n"
+            f"estimate{' of the whole run' if resume else ''}: "
             f"{minutes['training']:.1f} minutes of training, then "
-            f"{minutes['comparison']:.1f} of comparison"
+            f"{minutes['comparison']:.1f} of comparison on {workers}"
         )
         if run is None:
             return

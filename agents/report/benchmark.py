@@ -8,7 +8,7 @@ from agents.benchmark.figures import TRANSFER, figures
 from agents.benchmark.plan import Benchmark, BenchmarkSettings
 from agents.benchmark.presentation import RESULTS
 from agents.benchmark.results import summarise_benchmark
-from agents.benchmark.table import MANIFEST, SELECTION, read_manifest, read_results
+from agents.benchmark.table import MANIFEST, SELECTION, TABLE, read_manifest, read_results
 from agents.benchmark.trials import is_done, test_file
 from agents.benchmark.wording import (
     figure_prefix,
@@ -33,6 +33,7 @@ from agents.report.page import (
     provenance_facts,
 )
 from agents.result_files import read_json, whole
+from agents.results import percent
 from asg_env.validation import ConfigError, validate
 from asg_env.yaml_files import read_yaml
 
@@ -82,6 +83,12 @@ def benchmark_page(root: Path, name: str) -> Page:
         path = root
     with whole(path, again):
         if not summary["comparisons"]:
+            table = root / TABLE
+            if table.is_file() and len(table.read_text(encoding="utf-8").splitlines()) > 1:
+                raise ConfigError(
+                    f"{root} holds the table of a benchmark without the files of its trials, of "
+                    "which the page is made; give the folder that `asg benchmark` wrote"
+                )
             raise ConfigError(
                 f"{root} holds a benchmark of which nothing is judged yet; go on with "
                 f"`asg benchmark NAME --out {root} --resume`"
@@ -176,7 +183,7 @@ def _table(comparison: Mapping[str, Any], metric: str) -> Table:
             cells += ["" if chance is None else number(chance["value"], ".2f")]
         cells += [
             number(entry["mean"]),
-            number(entry["diverged"], ".0%"),
+            percent(entry["diverged"]),
             f"{seeds * instances} ({seeds} × {instances})",
             number(entry["retention"]),
             number(entry["optimality_gap"]["value"]),

@@ -7,6 +7,7 @@ from typing import Any
 from agents.figures import SCALE_BANDS
 from agents.report.figures import Behaviour, behaviour, common_limits, draw_behaviour
 from agents.report.page import Picture, Section, number
+from agents.results import percent
 
 BANDS = {
     f"low hidden scale (below {SCALE_BANDS[1]:g})": SCALE_BANDS[:2],
@@ -73,7 +74,7 @@ def controller_section(
 
 
 def _caption(shown: Behaviour, rival: tuple[str, Behaviour] | None, metric: str) -> str:
-    text = f"{shown.runs} runs, {shown.diverged:.0%} diverged"
+    text = f"{shown.runs} runs, {percent(shown.diverged)} diverged"
     if shown.accuracy is None:
         return f"{text}."
     text += f"; outer_valid {metric} at the end {number(shown.accuracy.median[-1])}"

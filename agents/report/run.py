@@ -24,7 +24,7 @@ from agents.report.page import (
     provenance_facts,
 )
 from agents.result_files import read_json, read_training, whole
-from agents.results import FEW_SEEDS, IN_WORDS, footnote
+from agents.results import FEW_SEEDS, IN_WORDS, footnote, percent
 from asg_env.validation import ConfigError
 from asg_env.yaml_files import read_yaml
 
@@ -136,7 +136,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number(estimate["iqm"]),
         interval(estimate),
         f"{number(row['mean'])} ± {number(row['std_over_instances'])}",
-        number(row["diverged"], ".0%"),
+        percent(row["diverged"]),
         f"{seeds * instances} ({seeds} × {instances})",
         number(row["retention"]),
         number(row["cost"]["episodes"], ",.0f"),

@@ -314,7 +314,7 @@ def test_an_agent_with_other_settings_under_the_same_name_is_refused(done, fails
     ("changes", "sentence"),
     [
         ({"suites": ["digits-unheard"]}, "env 'digits-unheard' is none of the shipped ones ("),
-        ({"suites": []}, "`benchmark.suites` must hold at least 1 entry, got none"),
+        ({"suites": []}, "`suites` must hold at least 1 entry, got none"),
         ({"baselines": ["cosine", "random", "cosine"]}, "must name each once, got 'cosine' again"),
         (
             {"agents": {"mine": {"agent": {"kind": "es", "updates": 2}}}},
@@ -326,17 +326,17 @@ def test_an_agent_with_other_settings_under_the_same_name_is_refused(done, fails
             "hypergradient, gradual-unfreezing, early-stopping, stat",
         ),
         ({"episodes": 5}, "`episodes` must be a multiple of 2, the episodes of an update of agent"),
-        ({"episodes": 2}, "`benchmark.episodes` must be >= 4, got 2"),
+        ({"episodes": 2}, "`episodes` must be >= 4, got 2"),
         (
             {"env": {"instances": "fixed"}},
-            "`benchmark.env` may hold action, grid, start_multiplier,",
+            "`env` may hold action, grid, start_multiplier,",
         ),
         ({"agents": {"cosine": {"agent": "es"}}}, "`agents` must have names of letters, digits"),
         (
             {"agents": {"soft": {"agent": "sac", "env": {"action": "grid"}}}, "episodes": 32},
             "`env.action` must be box for the agent sac, got grid",
         ),
-        ({"surprise": 1}, "`benchmark.surprise` is unknown; known keys are agents, baselines,"),
+        ({"surprise": 1}, "`surprise` is unknown; known keys are agents, baselines,"),
     ],
 )
 def test_a_benchmark_that_cannot_be_run_is_refused(fails, tmp_path, changes, sentence):
@@ -369,6 +369,20 @@ def test_what_is_given_on_the_command_line_is_put_into_the_file(tmp_path):
     assert set(benchmark.settings.agents) == {"gradient", "evolved"}
     assert benchmark.experiment("scale", "evolved").agent.population == 4
     assert benchmark.experiment("scale", "evolved").agent.updates == 2
+
+
+def test_settings_of_an_agent_that_is_a_files_name_are_put_into_a_copy(tmp_path):
+    path = write_files(tmp_path / "files", agents={"named": {"agent": "reinforce"}}, episodes=96)
+    named = load_benchmark(str(path)).experiment("scale", "named").agent
+    rate = "agents.named.agent.policy_lr=0.5"
+    changed = load_benchmark(str(path), [rate]).experiment("scale", "named").agent
+    assert changed == named.model_copy(update={"policy_lr": 0.5})
+    with pytest.raises(ConfigError, match="`updates` of agent named follows from the benchmark's"):
+        load_benchmark(str(path), ["agents.named.agent.updates=3"])
+    # In the order in which they are given.
+    other = load_benchmark(str(path), ["agents.named.agent=ppo", rate]).experiment("scale", "named")
+    assert other.agent.kind == "ppo"
+    assert other.agent.policy_lr == 0.5
 
 
 def test_an_agent_sees_every_suite_as_in_its_training(tmp_path):
@@ -447,6 +461,13 @@ def test_a_folder_of_something_else_is_left_alone(fails, finished, tmp_path):
         assert "is not empty and holds no benchmark" in fails(
             "benchmark", path, "--out", tmp_path, *words
         )
+    theirs = '{"format": 1, "name": "my web app"}'
+    (tmp_path / "manifest.json").write_text(theirs, encoding="utf-8")
+    for words in (["--resume"], ["--overwrite"]):
+        said = fails("benchmark", path, "--out", tmp_path, *words)
+        assert "is no manifest of a benchmark; restore it, or choose another --out" in said
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == theirs
 
 
 def test_a_suite_without_labels_to_judge_by_is_refused_before_any_training(
@@ -486,6 +507,25 @@ def test_dry_run_names_every_trial_and_writes_nothing(asg, tmp_path):
     assert "8 trials, about 64 episodes; at " in result.out
     assert "minutes with 2 at a time" in result.out
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(fails, tmp_path):
+    files = {"scale": SUITES["scale"], "still": {**SUITES["still"], "outer_valid_size": 10**6}}
+    path = write_files(tmp_path / "files", files)
+    said = fails("benchmark", path, "--out", tmp_path / "out", "--dry-run")
+    assert "`outer_valid_size` must be <= " in said
+
+
+def test_a_run_that_is_a_benchmark_is_said_to_be_one(done, fails):
+    _, out = done
+    said = fails("evaluate", out)
+    assert f"{out} holds a benchmark; give a run folder in it, such as {out}/SUITE/AGENT" in said
+    assert "'digits-quick' is one of the shipped benchmarks, no experiment; give it to `asg b" in (
+        fails("train", "digits-quick", "--out", out / "new")
+    )
+    assert "'digits-ppo' is one of the shipped experiments, no benchmark; give it to `asg tr" in (
+        fails("benchmark", "digits-ppo", "--out", out / "new")
+    )
 
 
 def test_dry_run_of_a_resumed_benchmark_names_what_is_missing(done, asg):

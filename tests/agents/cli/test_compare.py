@@ -239,11 +239,17 @@ def test_compare_says_what_to_do_with_a_folder_that_is_in_use(fails, command, po
 def test_compare_leaves_a_folder_alone_that_holds_something_else(fails, command, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("", encoding="utf-8")
-    for more in ([], ["--resume"]):
+    for more in ([], ["--resume"], ["--overwrite"]):
         message = fails(*command("--out", tmp_path / "thesis", *more))
         assert "is not empty and holds no comparison; choose another --out" in message
     assert "cannot be written" in fails(*command("--out", tmp_path / "thesis" / "chapter.tex"))
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    (tmp_path / "survey" / "rows").mkdir(parents=True)
+    answers = tmp_path / "survey" / "rows" / "answers.csv"
+    answers.write_text("yes", encoding="utf-8")
+    message = fails(*command("--out", tmp_path / "survey", "--overwrite"))
+    assert "rows holds more than a comparison's rows; choose another --out" in message
+    assert answers.read_text(encoding="utf-8") == "yes"
 
 
 def test_compare_refuses_an_unknown_task(fails):

@@ -121,6 +121,11 @@ def test_info_refuses_a_setting(fails, setting, message):
     assert message in fails("--task", VISDA, "--set", setting)
 
 
+def test_info_refuses_a_set_of_instances_that_the_task_does_not_have(fails):
+    message = fails("--task", "ASG/DigitsImageNet-v0", "--instances", "mixed")
+    assert "`instances` must be fixed or unknown-scale on this task, got mixed" in message
+
+
 def test_info_refuses_a_device_that_is_not_there(fails, small):
     small["device"] = "abacus"
 

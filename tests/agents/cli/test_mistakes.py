@@ -204,8 +204,9 @@ def test_evaluate_refuses_to_compare_across_instance_sets(
 def test_info_refuses_an_unknown_task_and_set(fails):
     known = ", ".join(TASK_MODULES)
     assert f"`task` must be one of {known}, got 'nowhere'" in fails("info", "--task", "nowhere")
-    assert "--instances must be one of fixed, unknown-scale, mixed, transfer, got many" in fails(
-        "info", "--task", TASK, "--instances", "many"
+    assert (
+        "--instances must be one of fixed, unknown-scale, mixed, transfer, got 'many'; give"
+        in fails("info", "--task", TASK, "--instances", "many")
     )
     assert "--instances and --set belong to a task; add --task ID" in fails(
         "info", "--instances", "fixed"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agents import statistics
-from agents.benchmark.table import MANIFEST
+from agents.benchmark.table import MANIFEST, read_results, write_table
 from agents.benchmark.wording import warnings
 from agents.records import EPISODES
 from agents.report.document import report_html
@@ -193,6 +193,17 @@ def test_benchmark_of_which_nothing_is_judged_is_refused_with_a_command(fails, o
     message = fails("report", own_benchmark)
     assert f"{own_benchmark} holds a benchmark of which nothing is judged yet; go on " in message
     assert f"`asg benchmark NAME --out {own_benchmark} --resume`" in message
+    write_table(own_benchmark, [])  # what an interrupted benchmark of no result has
+    assert "of which nothing is judged yet" in fails("report", own_benchmark)
+
+
+def test_published_table_without_its_trials_is_no_benchmark_to_go_on_with(fails, own_benchmark):
+    write_table(interrupted(own_benchmark), read_results(own_benchmark))
+    for path in own_benchmark.glob("*/*/seed-*/test-*.json"):
+        path.unlink()
+    message = fails("report", own_benchmark)
+    assert "holds the table of a benchmark without the files of its trials" in message
+    assert "--resume" not in message
 
 
 def test_older_benchmark_has_numbers_for_layer_groups(own_benchmark, reader):
