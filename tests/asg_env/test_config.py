@@ -79,7 +79,8 @@ def test_settings_have_the_documented_defaults():
         (
             {"start_multiplier": 0.02},
             "`start_multiplier` must be a level of the log grid "
-            "[0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0] with relative actions, got 0.02",
+            "[0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0] with relative actions, got 0.02; "
+            "set one of these",
         ),
         (
             {"inner_steps": "asg-as-coded", "epochs": 2},
