@@ -128,8 +128,10 @@ def test_rows_of_the_table_are_accepted(added, run, visda_root, tmp_path, monkey
 @pytest.mark.slow
 def test_every_command_of_the_page_works_on_miniature_trees(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # One family of baselines is enough to see a comparison work.
+    # One family of baselines, and one instance on which to choose greedy or sampled actions, are
+    # enough to see a comparison work.
     monkeypatch.setattr(agents.evaluate, "FAMILIES", {"uniform": FAMILIES["uniform"]})
+    monkeypatch.setattr(agents.evaluate, "MODE_INSTANCES", 1)
     (tmp_path / "data").mkdir()
     (tmp_path / "stores").mkdir()
     seen = []

@@ -14,12 +14,15 @@ import agents.cli.fit
 import agents.cli.info
 import agents.cli.main
 from agents.baselines import FAMILIES
+from agents.cli.fit_sources import start_of_record
+from agents.controller_file import controller_of
 from agents.experiment import Experiment
 from agents.numpy_policy import NumpyPolicy
 from agents.recurrent_policy import RecurrentPolicy
 from agents.run_folder import RunFolder
 from asg_env.schedule import LearnedSchedule
 from asg_env.tasks import load_task
+from asg_env.validation import ConfigError
 
 TASK = "ASG/Digits-v0"
 
@@ -362,6 +365,31 @@ def test_fit_trains_with_what_was_learned(asg, done, tmp_path, source):
     again = asg("fit", TASK, f"--{source}", path, "--out", out, "--overwrite", "--seed", "1")
     assert again.status == 0
     assert (out / "model.safetensors").read_bytes() != first
+
+
+def test_fit_does_with_a_controllers_file_what_it_does_with_its_run(asg, done, tmp_path):
+    for options in (["--sampled"], ["--greedy"], []):
+        exported = tmp_path / "c.safetensors"
+        assert asg("export", done, "--out", exported, "--overwrite", *options).status == 0
+        for name, path, flags in (("run", done, options), ("file", exported, [])):
+            fit = ["fit", TASK, "--controller", path, "--out", tmp_path / name, "--overwrite"]
+            assert asg(*fit, *flags).status == 0
+        records = [fitted(tmp_path / name) for name in ("run", "file")]
+        assert records[0]["windows"] == records[1]["windows"]
+        assert records[0]["actions"] == records[1]["actions"]
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "file")]
+        assert weights[0] == weights[1]
+
+
+def test_controllers_file_leaves_another_task_its_rate_and_length(trained_run):
+    record = controller_of(trained_run).record
+    here, there = (start_of_record(record, task) for task in (TASK, "ASG/DigitsImageNet-v0"))
+    assert here["observation"] == there["observation"] == "scaled"
+    own = {"base_lr": record.base_lr, "horizon": 3, "inner_steps": 2}
+    assert here == {**there, **own}
+    growing = record.model_copy(update={"growing_windows": (1, 2, 3)})
+    with pytest.raises(ConfigError, match="windows of \\[1, 2, 3\\] inner steps, which its file"):
+        start_of_record(growing, TASK)
 
 
 def test_fit_trains_with_a_baseline(asg, tmp_path):

@@ -101,6 +101,24 @@ def test_fit_refuses_decisions_that_a_controller_was_not_trained_for(fails, run,
     assert message in fails("fit", TASK, *arguments)
 
 
+def test_fit_refuses_a_file_that_is_no_controller_for_it(asg, fails, schedule, run, tmp_path):
+    arguments = ("fit", TASK, "--out", tmp_path / "model", "--controller")
+    schedule.save(tmp_path / "s.json")
+    assert "s.json cannot be read as a controller (" in fails(*arguments, tmp_path / "s.json")
+    assert asg("export", run, "--out", tmp_path / "c.safetensors").status == 0
+    message = fails(*arguments, tmp_path / "c.safetensors", "--training-seed", "1")
+    assert "--training-seed chooses in a run folder, while " in message
+    message = fails("fit", "ASG/DigitsImageNet-v0", *arguments[2:], run)
+    assert f"{run} was trained on {TASK}, got ASG/DigitsImageNet-v0; export its cont" in message
+
+
+def test_fit_refuses_a_schedule_of_another_task(fails, schedule, tmp_path):
+    schedule.save(tmp_path / "s.json")
+    arguments = ("--schedule", tmp_path / "s.json", "--out", tmp_path / "model")
+    message = fails("fit", "ASG/DigitsImageNet-v0", *arguments)
+    assert f"s.json was learned on {TASK}, got ASG/DigitsImageNet-v0; fit that task, or" in message
+
+
 def test_fit_runs_no_file_that_a_schedule_names(asg, fails, schedule, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("raise SystemExit('run')")
