@@ -295,13 +295,12 @@ def config_path(folder: str, name: str) -> Path:
     shipped = Path(str(files("configs") / folder))
     path = shipped / f"{name}.yaml"
     if not path.exists():
-        others = {"experiment": "benchmark", "benchmark": "experiment"}
-        if folder in others and (shipped.parent / others[folder] / f"{name}.yaml").exists():
-            command = {"experiment": "train", "benchmark": "benchmark"}[others[folder]]
-            raise ConfigError(
-                f"'{name}' is one of the shipped {others[folder]}s, no {folder}; give it to "
-                f"`asg {command}`"
-            )
+        for other, command in (("experiment", "train"), ("benchmark", "benchmark")):
+            if (shipped.parent / other / path.name).exists():
+                raise ConfigError(
+                    f"'{name}' is one of the shipped {other}s, no {folder}; give it to "
+                    f"`asg {command}`"
+                )
         known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise ConfigError(
             f"{folder} '{name}' is none of the shipped ones ({known}); "

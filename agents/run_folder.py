@@ -94,11 +94,11 @@ class RunFolder:
         Raises:
             ConfigError: It is not a run folder.
         """
-        if (path / "manifest.json").is_file():
-            raise ConfigError(
-                f"{path} holds a benchmark; give a run folder in it, such as {path}/SUITE/AGENT"
-            )
         if not (path / "config.yaml").is_file():
+            if (path / "manifest.json").is_file():
+                raise ConfigError(
+                    f"{path} holds a benchmark; give a run folder in it, such as {path}/SUITE/AGENT"
+                )
             raise ConfigError(
                 f"{path} is not a run folder (no config.yaml in it); "
                 "give the --out of an earlier `asg train`"
