@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from asg_env.core.layer_groups import build_param_groups
 from asg_env.core.optimizers import LRFactor, MomentumForm
 from asg_env.files import replacing
-from asg_env.validation import Settings, validate
+from asg_env.validation import ConfigError, Settings, sentence, validate
 
 if TYPE_CHECKING:
     from asg_env.schedulers import ScheduleLR
@@ -133,6 +133,17 @@ class LearnedSchedule(Settings):
     """Environment settings of the rollouts."""
     provenance: dict[str, str] = {}
     """Where it came from: config digest, training seed, versions."""
+
+    def __init__(self, **values: Any) -> None:
+        """Check values as a file's are.
+
+        Raises:
+            ValueError: One is missing or cannot be used; one sentence says which and why.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(sentence(error, type(self), "schedule")) from None
 
     @model_validator(mode="after")
     def _check_shapes(self) -> "LearnedSchedule":

@@ -33,7 +33,7 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
     try:
         return model(**values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, model, where)) from None
+        raise ConfigError(sentence(error, model, where)) from None
     except OverflowError:
         what = f"`{where}`" if where else "a setting"
         raise ConfigError(f"{what} holds an integer too large to use; lower it") from None
@@ -42,7 +42,8 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
         raise ConfigError(f"{what} must have text keys, got {list(values)}: {error}") from None
 
 
-def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+def sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """Say the first problem in one sentence, with field, value, bound and fix."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
     path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]

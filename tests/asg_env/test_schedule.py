@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from importlib.resources import files
 
 import numpy as np
@@ -65,6 +66,27 @@ def test_schedule_refuses_changes_that_do_not_fit(make_schedule):
         learned.with_changes(**longer)
     with pytest.raises(ValueError, match="`schedule.base_lr` must be > 0"):
         learned.with_changes(base_lr=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"knots": (0.0, 0.5, 0.25)}, "`schedule.knots` must increase from 0 and stay below 1"),
+        ({"base_lr": -1.0}, "`schedule.base_lr` must be > 0.0, got -1.0; set schedule.base_lr"),
+        ({"multipliers": ((math.nan, 0.1),) * 3}, "`schedule.multipliers.0.0` must be a finite"),
+        ({"speed": 1}, "`schedule.speed` is unknown; known keys are base_lr"),
+    ],
+)
+def test_schedule_made_by_hand_is_refused_with_the_sentence_of_a_file(
+    changes, sentence, make_schedule
+):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}.*$"):
+        make_schedule(**changes)
+
+
+def test_schedule_made_by_hand_says_what_is_missing():
+    with pytest.raises(ValueError, match="^`schedule.layer_groups` is missing; add it$"):
+        LearnedSchedule(knots=(0.0,))
 
 
 def test_schedule_keeps_every_bit_of_its_numbers(tmp_path, make_schedule):
