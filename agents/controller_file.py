@@ -68,7 +68,7 @@ class ControllerRecord(Settings):
     greedy: bool
     task: str
     instances: str
-    layer_groups: Annotated[Names, Field(min_length=1)]
+    layer_groups: Annotated[Names, Field(min_length=1)]  # or those that it was exported for
     labels: Names  # of the entries of an observation with these layer groups
     horizon: Annotated[int, Field(ge=1)]  # decisions of a training
     inner_steps: Annotated[int, Field(ge=1)]  # of a training
@@ -153,6 +153,25 @@ class Controller:
                 f"({reason}); export it again"
             ) from None
         return network.requires_grad_(False)
+
+    def for_layer_groups(self, layer_groups: Sequence[str]) -> "Controller":
+        """Return the controller with a record for other layer groups, to be written for them.
+
+        Args:
+            layer_groups: Names, input to head.
+
+        Raises:
+            ConfigError: As `network`; or a name is empty or comes twice.
+        """
+        groups = tuple(layer_groups)
+        if not groups or not all(groups) or len(set(groups)) < len(groups):
+            raise ConfigError(
+                f"layer groups must be different names, got {list(groups)}; name each group once, "
+                "input to head"
+            )
+        self.network(groups)
+        changes = {"layer_groups": groups, "labels": self.observation(groups).labels}
+        return Controller(self.record.model_copy(update=changes), self.weights)
 
     def policy(self, layer_groups: Sequence[str]) -> RecurrentPolicy:
         """Return the policy for a training with these layer groups; errors as `network`."""

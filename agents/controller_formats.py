@@ -22,7 +22,7 @@ RECORD = "controller"  # key of the record in both files
 
 
 class OneStep(nn.Module):
-    """One decision of a controller for the layer groups of its training."""
+    """One decision of a controller for the layer groups of its record."""
 
     def __init__(self, controller: Controller) -> None:
         super().__init__()

@@ -41,6 +41,7 @@ CONTROLLER_WRITERS: dict[Format, Callable[[Controller, Path], None]] = {
     "onnx": write_onnx,
     "torch": write_torch,
 }
+FOR_GROUPS: tuple[Format, ...] = ("onnx", "torch")  # of networks for given layer groups
 
 
 def export_command(
@@ -66,6 +67,13 @@ def export_command(
         Interpolation | None,
         typer.Option(help="Of the multipliers between windows; step if left out."),
     ] = None,
+    layer_groups: Annotated[
+        str | None,
+        typer.Option(
+            help="Of onnx and torch: names, input to head, comma between, of the layer groups that "
+            "a coordinate-wise controller is to drive; those of its training if left out."
+        ),
+    ] = None,
     training_seed: TrainingSeed = 0,
     greedy: Greedy = None,
     overwrite: Overwrite = False,
@@ -80,6 +88,12 @@ def export_command(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; add --overwrite or choose another --out")
     kind = _format(format, out)
+    if layer_groups is not None and kind not in FOR_GROUPS:
+        raise ConfigError(
+            f"--layer-groups is of the formats {' and '.join(FOR_GROUPS)}, while a schedule is "
+            "brought to another network by `by_depth` and a controller's own file takes any, got "
+            f"format {kind}; leave it out"
+        )
     opened = RunFolder.open(run)
     if kind in CONTROLLER_WRITERS:
         of_schedules = {"scale": scale, "episodes": episodes, "select": select}
@@ -89,7 +103,7 @@ def export_command(
                     f"--{name} is of schedules and format {kind} holds the controller itself, got "
                     f"{value}; leave it out"
                 )
-        _export_controller(opened, kind, out, training_seed, greedy)
+        _export_controller(opened, kind, out, layer_groups, training_seed, greedy)
         return
     opened.experiment.check()  # its device may not be here
     interpolation = interpolation or "step"
@@ -114,10 +128,18 @@ def export_command(
 
 
 def _export_controller(
-    run: RunFolder, kind: Format, out: Path, training_seed: int, greedy: bool | None
+    run: RunFolder,
+    kind: Format,
+    out: Path,
+    layer_groups: str | None,
+    training_seed: int,
+    greedy: bool | None,
 ) -> None:
     check_training_seed(run, training_seed)
     controller = controller_of(run, training_seed, greedy)
+    if layer_groups is not None:
+        names = [name.strip() for name in layer_groups.split(",")]
+        controller = controller.for_layer_groups(names)
     _writing(out, lambda: CONTROLLER_WRITERS[kind](controller, out))
     console.print(_in_words(controller, any_number=kind == "controller"))
     console.print(f"written: {out}")

@@ -94,6 +94,44 @@ def test_a_program_of_torch_export_agrees_with_torch(controller, seen, tmp_path)
     assert json.loads(files["controller"])["layer_groups"] == list(controller.record.layer_groups)
 
 
+def test_onnx_and_torch_export_are_written_for_other_layer_groups_too(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    names = ["stem", *(f"block{i}" for i in range(1, 7)), "norm", "head"]
+    original = read_controller(EXAMPLES / "controller.safetensors")
+    controller = original.for_layer_groups(names)
+    numbers = np.random.default_rng(0)
+    rows = numbers.normal(size=(15, len(controller.record.labels))).astype(np.float32)
+    expected = in_torch(controller, rows)
+    assert expected.shape[1] == len(names)
+    write_onnx(controller, tmp_path / "c.onnx")
+    write_torch(controller, tmp_path / "c.pt2")
+    original.save(tmp_path / "c.safetensors")
+    session = runtime.InferenceSession(tmp_path / "c.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "c.pt2").module()
+    policy = NumpyPolicy.load(tmp_path / "c.safetensors", names)
+    record = json.loads(session.get_modelmeta().custom_metadata_map["controller"])
+    assert record["layer_groups"] == names
+    assert record["labels"] == list(policy.labels)
+    onnx_state, torch_state, numpy_state = zeros(controller).numpy(), zeros(controller), None
+    for row, odds in zip(rows, expected, strict=True):
+        in_onnx, onnx_state = session.run(None, {"observation": row, "state": onnx_state})
+        in_program, torch_state = program(torch.from_numpy(row), torch_state)
+        in_numpy, numpy_state = policy.step(row, numpy_state)
+        for found in (in_onnx, in_program.detach().numpy(), in_numpy):
+            np.testing.assert_allclose(found, odds, rtol=0, atol=1e-6)
+
+
+def test_a_controller_is_not_made_for_layer_groups_that_it_cannot_drive(controller):
+    for names in ([], ["body", "body"], ["body", ""]):
+        with pytest.raises(
+            ConfigError, match="^layer groups must be different names, got .*; name"
+        ):
+            controller.for_layer_groups(names)
+    if controller.record.network.kind == "per-feature":
+        with pytest.raises(ConfigError, match="is for 5 layer groups .*, got 2; train a coord"):
+            controller.for_layer_groups(["body", "head"])
+
+
 @pytest.fixture
 def memoryless(make_settings, controller_for):
     controller = controller_for(make_settings(), "per-feature")

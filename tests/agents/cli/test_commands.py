@@ -254,6 +254,13 @@ def test_export_writes_the_controller_itself(asg, done, tmp_path, name, options)
         assert NumpyPolicy.load(tmp_path / name).width == 9
 
 
+def test_export_writes_a_controller_for_layer_groups_of_other_names(asg, done, tmp_path):
+    names = "stem, block1,block2,block3,head"
+    result = asg("export", done, "--out", tmp_path / "c.pt2", "--layer-groups", names)
+    assert (result.status, result.err) == (0, "")
+    assert "for 5 layer groups: stem, block1, block2, block3, head" in " ".join(result.out.split())
+
+
 def test_show_prints_and_draws_a_schedule(asg, schedule, tmp_path):
     schedule.save(tmp_path / "mine.json")
     result = asg("show", tmp_path / "mine.json")

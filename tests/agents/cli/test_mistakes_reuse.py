@@ -227,6 +227,23 @@ def test_export_refuses_options_of_schedules_for_a_controller(fails, run, tmp_pa
     assert not (tmp_path / "c.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "message"),
+    [
+        ("s.json", "a,b", "--layer-groups is of the formats onnx and torch, while a schedule is"),
+        ("c.safetensors", "a,b", "got format controller; leave it out"),
+        ("c.pt2", "a,b", "the controller is for 5 layer groups (conv1, conv2, conv3, conv4, head)"),
+        ("c.onnx", "a,,b", "layer groups must be different names, got ['a', '', 'b']; name each"),
+    ],
+)
+def test_export_refuses_layer_groups_that_it_cannot_write_for(
+    fails, run, tmp_path, name, groups, message
+):
+    found = fails("export", run, "--out", tmp_path / name, "--layer-groups", groups)
+    assert message in found
+    assert not (tmp_path / name).exists()
+
+
 def test_export_refuses_a_controller_that_is_not_there(fails, run, tmp_path):
     out = ("--out", tmp_path / "c.safetensors")
     message = fails("export", run, *out, "--training-seed", "1")
