@@ -53,4 +53,4 @@ def train(rate: float, scheduled: bool, seed: int) -> tuple[float, float]:
 
 
 print(schedule.table(prepare(0)), flush=True)
-compare(train, (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), given.seeds)
+compare(train, (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), given.seeds)
