@@ -21,11 +21,13 @@ from agents.recurrent_policy import Layout, RecurrentPolicy
 from agents.run_folder import RunFolder, versions
 from agents.train import load_policy
 from asg_env.actions import ACTIONS, GridName
+from asg_env.core.layer_groups import LARGEST_BASE_LR
 from asg_env.core.optimizers import LRFactor, MomentumForm
 from asg_env.files import replacing
 from asg_env.observations import Observation, ObservationName
 from asg_env.validation import ConfigError, Settings, validate
 
+LARGEST_HIDDEN_SIZE = 4096  # a damaged file must not ask for all memory
 # Lists, in JSON.
 Names = Annotated[tuple[str, ...], Strict(False)]
 Windows = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)]
@@ -35,7 +37,7 @@ class NetworkRecord(Settings):
     """What the network is."""
 
     kind: Literal["per-feature", "coordinate-wise"]
-    hidden_size: Annotated[int, Field(ge=1)]
+    hidden_size: Annotated[int, Field(ge=1, le=LARGEST_HIDDEN_SIZE)]
     memoryless: bool
 
     @model_validator(mode="after")
@@ -73,7 +75,7 @@ class ControllerRecord(Settings):
     horizon: Annotated[int, Field(ge=1)]  # decisions of a training
     inner_steps: Annotated[int, Field(ge=1)]  # of a training
     growing_windows: Windows = ()  # inner steps from decision to decision, where they differ
-    base_lr: Annotated[float, Field(gt=0)]
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)]
     optimizer: str
     momentum_form: MomentumForm
     lr_factor: LRFactor
@@ -161,14 +163,15 @@ class Controller:
             layer_groups: Names, input to head.
 
         Raises:
-            ConfigError: As `network`; or a name is empty or comes twice.
+            ConfigError: As `network` and `check_order`; or a name is empty or comes twice.
         """
         groups = tuple(layer_groups)
         if not groups or not all(groups) or len(set(groups)) < len(groups):
             raise ConfigError(
-                f"layer groups must be different names, got {list(groups)}; name each group once, "
-                "input to head"
+                f"layer groups must be different names, none empty, got {list(groups)}; name each "
+                "group once, input to head"
             )
+        check_order(groups, self.record.layer_groups)
         self.network(groups)
         changes = {"layer_groups": groups, "labels": self.observation(groups).labels}
         return Controller(self.record.model_copy(update=changes), self.weights)
@@ -184,6 +187,31 @@ class Controller:
 
     def _file(self, exclude: set[str] | None = None) -> bytes:
         return save(self.weights, {"controller": self.record.model_dump_json(exclude=exclude)})
+
+
+def check_order(layer_groups: Sequence[str], learned: Sequence[str]) -> None:
+    """Find out whether layer groups that a controller's training had, too, are in its order.
+
+    Args:
+        layer_groups: Of the network that it is to drive; by any names.
+        learned: Those of its training, input to head.
+
+    Raises:
+        ConfigError: They are not, or the head of the training is not last.
+    """
+    known = [name for name in layer_groups if name in learned]
+    ordered = [name for name in learned if name in known]
+    if known != ordered:
+        raise ConfigError(
+            f"layer groups must be in the order {ordered}, input to head, as where the controller "
+            f"was trained, got {known}; put them so"
+        )
+    head = learned[-1]
+    if head in known and layer_groups[-1] != head:
+        raise ConfigError(
+            f"layer groups must go from input to head, with '{head}' last, as where the controller "
+            f"was trained, got {list(layer_groups)}; put them so"
+        )
 
 
 def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = None) -> Controller:
@@ -269,9 +297,9 @@ def read_controller(path: Path | str) -> Controller:
             f"{path} is not a controller: it says nothing of the format "
             f"'{CONTROLLER_FORMAT}'; give a file of asg export"
         )
-    if values.get("version") != CONTROLLER_VERSION:
+    if repr(values.get("version")) != repr(CONTROLLER_VERSION):  # true and 1.0 are no versions
         raise ConfigError(
-            f"{path} has controller version {values.get('version')}, this asg-env reads "
+            f"{path} has controller version {values.get('version')!r}, this asg-env reads "
             f"{CONTROLLER_VERSION}; use the asg-env that wrote it"
         )
     try:

@@ -241,7 +241,7 @@ def env_settings(
     assignments = [assignment(override) for override in overrides]
     for override, parts, _ in assignments:
         if len(parts) < 2 or parts[0] != "env":
-            raise ConfigError(f"--set must look like env.root=DIR here, got {override!r}")
+            raise ConfigError(f"--set must look like env.batch_size=16 here, got {override!r}")
         if parts[1] in unused:
             raise ConfigError(
                 f"`env.{parts[1]}` changes nothing in this command, got {override!r}; leave it out"
@@ -262,7 +262,7 @@ def assignment(override: str) -> Assignment:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"--set must look like agent.policy_lr=0.01, got {override!r}")
+        raise ConfigError(f"--set must look like KEY=VALUE, got {override!r}")
     try:
         return override, parts, parse_yaml(text)
     except ConfigError as error:

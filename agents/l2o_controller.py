@@ -13,8 +13,7 @@ Example:
 """
 
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from torch.optim import Optimizer
 
 from agents.controller_file import Controller, read_controller
 from agents.live import LivePolicy
+from agents.live_inputs import Loss, layer_groups_of, number, scalar, whole
 from asg_env.core.layer_groups import set_learning_rates
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.telemetry import Telemetry, WindowRecorder
-from asg_env.schedulers import check_optimizer, layer_group_names, runs_of, unwrapped
+from asg_env.schedulers import check_optimizer, unwrapped
 
-Loss = float | Tensor
+WEIGHTS = ("initial", "marked", "started")  # copies of them that a state holds
 
 
 class L2OController:
@@ -55,7 +55,8 @@ class L2OController:
             where the controller was trained, or as often as there are steps.
         classes: Of the task; an observation of `normalised` losses needs it.
         inner_valid: Returns the cross-entropy on held-out images of the *training* domain [nats];
-            the observations `extended` and `normalised` need it. Called once a window.
+            the observations `extended` and `normalised` need it. Called once a window; one that is
+            not finite counts as the largest there is, as in the environment.
         greedy: Likeliest actions or draws; by default what the file says.
         seed: Of the draws.
 
@@ -83,13 +84,13 @@ class L2OController:
         record = controller.record
         check_optimizer(optimizer, record.momentum_form)
         self._optimizer, self._record = unwrapped(optimizer), record
-        self._total = _whole("total_steps", total_steps)
-        self._every = None if every is None else _whole("every", every, 1, self._total)
+        self._total = whole("total_steps", total_steps)
+        self._every = None if every is None else whole("every", every, 1, self._total)
         learned = sum(record.windows)
         self._ends = {round(self._total * end / learned) for end in accumulate(record.windows)}
-        self._owners, self.layer_groups = _layer_groups(self._optimizer, record.layer_groups)
+        self._owners, self.layer_groups = layer_groups_of(self._optimizer, record.layer_groups)
         self._greedy = record.greedy if greedy is None else greedy
-        self._seed, self._digest = _whole("seed", seed, 0), controller.digest()
+        self._seed, self._digest = whole("seed", seed, 0), controller.digest()
         self._terms, self._inner_valid = record.encoding.terms, inner_valid
         self._chance_loss = 0.0
         if record.encoding.observation == "normalised":
@@ -98,9 +99,10 @@ class L2OController:
                     "`classes` must be the number of classes, as the controller sees losses in "
                     "units of chance, got None; give it"
                 )
-            self._chance_loss = math.log(_whole("classes", classes, 2))
+            self._chance_loss = math.log(whole("classes", classes, 2))
         policy = controller.policy(self.layer_groups)
         policy.seed(seed)
+        self._state_width = policy.network.initial_state(1).shape[-1]
         self._live = LivePolicy(
             policy,
             controller.observation(self.layer_groups),
@@ -158,8 +160,20 @@ class L2OController:
         """
         if self._step is not None:
             raise ValueError("the training has begun; call begin() once, before the first step")
+        if self._unreported:
+            raise ValueError(
+                f"the optimizer must not have taken a step before begin(), got {self._unreported}; "
+                "call begin() before the first step, or make the controller after those"
+            )
+        row = self._row(ce, kl, terms)
+        for name, value in {"ce": ce, "kl": kl, **terms}.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"`{name}` of the untrained network must be finite, got {float(value)}; look "
+                    "at the network before it is trained"
+                )
         self._recorder.start_training()
-        first = self._recorder.report_before_training(self._row(ce, kl, terms), self._terms)
+        first = self._recorder.report_before_training(row, self._terms)
         self._step = self._unreported = 0
         self._live.begin(first)
         self._decide(first)
@@ -241,13 +255,14 @@ class L2OController:
                     f"`{name}` must be {state_dict[name]}, as when the state was saved, got "
                     f"{mine}; make the controller with that"
                 )
+        self._check_state(state_dict)
         live, recorder = self._live, self._recorder
         live.policy.load_generator_state(state_dict["generator"])  # type: ignore[attr-defined]
         self._step, self.diverged = state_dict["step"], state_dict["diverged"]
         self._unreported = 0
         # A state may have been loaded to any device.
         self._records = [r.detach().clone().to(recorder.initial) for r in state_dict["records"]]
-        for name in ("initial", "marked", "started"):
+        for name in WEIGHTS:
             getattr(recorder, name).copy_(state_dict[name])
         if self._step is not None:
             live.multipliers = tuple(state_dict["multipliers"])
@@ -267,6 +282,27 @@ class L2OController:
             "greedy": self._greedy,
             "seed": self._seed,
         }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Find out whether the parts of a state can be those of this training."""
+        step, groups = state["step"], len(self.layer_groups)
+        shapes = {name: getattr(self._recorder, name).shape for name in WEIGHTS}
+        good = step is None or (
+            isinstance(step, int)
+            and 0 <= step <= self._total
+            and isinstance(state["multipliers"], list)
+            and len(state["multipliers"]) == groups
+            and isinstance(state["policy"], Tensor)
+            and state["policy"].shape == (1, 2, self._state_width)
+        )
+        if not good or any(
+            not isinstance(state[name], Tensor) or state[name].shape != shape
+            for name, shape in shapes.items()
+        ):
+            raise ValueError(
+                "the state is damaged: its step, multipliers or tensors are not of the form of "
+                "this controller's; give one that L2OController.state_dict made"
+            )
 
     def _before_step(self, *_: Any) -> None:
         """Note where the window's last gradient was taken, before the optimizer uses it."""
@@ -290,8 +326,15 @@ class L2OController:
 
     def _decide(self, report: Telemetry) -> None:
         assert self._step is not None
-        loss = self._inner_valid() if self._live.needs_inner_valid and self._inner_valid else 0.0
-        self._live.decide(report, self._step / self._total, float(loss), self._chance_loss)
+        loss = 0.0
+        if self._live.needs_inner_valid and self._inner_valid:
+            loss = number("inner_valid", self._inner_valid())
+            if loss < 0:
+                raise ValueError(
+                    f"`inner_valid` must return a cross-entropy, >= 0, got {loss}; return the mean "
+                    "over held-out training images"
+                )
+        self._live.decide(report, self._step / self._total, loss, self._chance_loss)
         self._set_rates()
         self._recorder.start_window()
 
@@ -317,61 +360,9 @@ class L2OController:
         if self._head:
             std, mean = torch.std_mean(self._head[0].detach())
         named = {"ce": ce, "kl": kl, **terms}
-        values = {name: _scalar(name, value, like) for name, value in named.items()}
+        values = {name: scalar(name, value, like) for name, value in named.items()}
         loss = values["ce"]
         return [loss, values["kl"], loss, mean, std, *(values[name] for name in self._terms)]
 
     def _pointers(self) -> list[int]:
         return [parameter.data_ptr() for group in self._parameters for parameter in group]
-
-
-def _layer_groups(
-    optimizer: Optimizer, learned: Sequence[str]
-) -> tuple[list[int], tuple[str, ...]]:
-    """Index of each parameter group's layer group, and their names.
-
-    Args:
-        optimizer: Whose groups they are.
-        learned: Names of the controller's own layer groups, input to head.
-    """
-    names = layer_group_names(optimizer)
-    if None in names:  # groups with and without weight decay, say, are no layer groups
-        raise ValueError(
-            "parameter groups must have the `name` of their layer group, input to head, got "
-            f"{len(names)} groups, {names.count(None)} without; build the optimizer on groups such "
-            "as those of schedule.param_groups(model)"
-        )
-    owners, layers = runs_of(names)
-    if len(set(layers)) < len(layers):
-        raise ValueError(
-            f"parameter groups of one layer group must be neighbours, got {names}; put them so"
-        )
-    known = [name for name in layers if name in learned]
-    ordered = [name for name in learned if name in known]
-    if known != ordered:
-        raise ValueError(
-            f"layer groups must be in the order {ordered}, input to head, as where the controller "
-            f"was trained, got {known}; build the optimizer so"
-        )
-    return owners, tuple(layers)
-
-
-def _scalar(name: str, value: Loss, like: Tensor) -> Tensor:
-    """A loss of its own memory, which the loop may use again; a number without a wait for it."""
-    if not isinstance(value, Tensor):
-        return like.new_full((), value)
-    if value.numel() != 1:
-        raise ValueError(f"`{name}` must be one number, got shape {tuple(value.shape)}; average it")
-    return value.detach().reshape(()).clone().to(like)
-
-
-def _whole(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """Return an integer within its bounds."""
-    bounds = f">= {low}" if high is None else f"from {low} to {high}"
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or whole < low or (high is not None and whole > high):
-        raise ValueError(f"`{name}` must be an integer {bounds}, got {value!r}; set it so")
-    return whole

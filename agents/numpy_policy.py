@@ -172,13 +172,14 @@ class NumpyPolicy:
                 record = json.loads((file.metadata() or {}).get("controller", "{}"))
                 weights = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
+            reason = "it is a folder" if os.path.isdir(path) else error
             raise ValueError(
-                f"{path} cannot be read as a controller ({error}); give a file of asg export"
+                f"{path} cannot be read as a controller ({reason}); give a file of asg export"
             ) from None
         found: tuple[Any, Any] = (None, None)
         if isinstance(record, dict):
             found = record.get("format"), record.get("version")
-        if found != (CONTROLLER_FORMAT, CONTROLLER_VERSION):
+        if repr(found) != repr((CONTROLLER_FORMAT, CONTROLLER_VERSION)):  # true is no version
             raise ValueError(
                 f"{path} must be of format {CONTROLLER_FORMAT}, version {CONTROLLER_VERSION}, got "
                 f"{found}; give a file of asg export, read by the asg-env that wrote it"
@@ -186,6 +187,11 @@ class NumpyPolicy:
         try:
             learned, labels, network = record["layer_groups"], record["labels"], record["network"]
             groups = list(learned if layer_groups is None else layer_groups)
+            if not groups or not all(groups) or len(set(groups)) < len(groups):
+                raise ValueError(
+                    f"`layer_groups` must be different names, none empty, got {groups}; name each "
+                    "group once, input to head"
+                )
             if network["kind"] == "per-feature" and len(groups) != len(learned):
                 raise ValueError(
                     f"`layer_groups` must be {len(learned)}, as in the controller's training, got "
@@ -216,14 +222,20 @@ class NumpyPolicy:
             state: As returned before, float32, shape (2, W); None for zeros.
 
         Raises:
-            ValueError: The observation has another width.
+            ValueError: The observation has another width, or the state another shape.
         """
+        observation = np.asarray(observation)
         if observation.shape != (self.width,):
             raise ValueError(
                 f"observations must have the shape ({self.width},), got {observation.shape}"
             )
         if state is None or self._memoryless:
             state = np.zeros((2, self._network.state_width), np.float32)
+        if state.shape != (2, self._network.state_width):
+            raise ValueError(
+                f"states must have the shape (2, {self._network.state_width}), got {state.shape}; "
+                "give the one that the step before returned, or None"
+            )
         logits, after = self._network(observation.astype(np.float32, copy=False), state)
         largest = np.maximum.reduce(logits, axis=1, keepdims=True)
         odds = np.exp(np.subtract(logits, largest, dtype=np.float64))

@@ -11,6 +11,7 @@ from asg_env.actions import GRIDS, ActionName, GridName
 from asg_env.core.augmentation import AugmentationName
 from asg_env.core.evaluation import Metric
 from asg_env.core.guidance import TERMS, Term, Weighted
+from asg_env.core.layer_groups import LARGEST_BASE_LR
 from asg_env.core.numerics import Precision
 from asg_env.core.optimizers import LRFactor, MomentumForm, OptimizerName
 from asg_env.core.trainer import TrainerSettings
@@ -165,7 +166,7 @@ class EnvSettings(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # 0.9 with sgd
     momentum_form: MomentumForm = "pytorch"
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    base_lr: Annotated[float, Field(gt=0)] = 0.3
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)] = 0.3
     lr_factor: LRFactor = "constant"
     batch_size: Annotated[int, Field(ge=1)] = 32  # [images]
     augmentation: AugmentationName = "none"

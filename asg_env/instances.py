@@ -1,12 +1,12 @@
 """Instances: the training problems that episodes are drawn from, in sets with a test list each."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from asg_env.core.layer_groups import LARGEST_SCALE
 from asg_env.core.optimizers import OptimizerName
 from asg_env.core.seeding import numpy_generator
 from asg_env.tasks.digit_sets import TARGETS, TargetName, five_digits
@@ -106,9 +106,12 @@ class Instance:
             if (
                 isinstance(number, bool)
                 or not isinstance(number, int | float)
-                or not (math.isfinite(number) and number > 0)
+                or not 0 < number <= LARGEST_SCALE
             ):
-                raise ValueError(f"instance `{name}` must be a finite number > 0, got {number!r}")
+                raise ValueError(
+                    f"instance `{name}` must be a finite number > 0, at most {LARGEST_SCALE:g}, "
+                    f"got {number!r}"
+                )
         for name in ("batch_size", "horizon"):
             if not _is_whole(values.get(name, 1)) or values.get(name, 1) < 1:
                 raise ValueError(f"instance `{name}` must be an integer >= 1, got {values[name]!r}")

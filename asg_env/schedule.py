@@ -21,7 +21,12 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError,
 from torch import nn
 from torch.optim import Optimizer
 
-from asg_env.core.layer_groups import build_param_groups
+from asg_env.core.layer_groups import (
+    LARGEST_MULTIPLIER,
+    LARGEST_SCALE,
+    LARGEST_SCALED_LR,
+    build_param_groups,
+)
 from asg_env.core.optimizers import LRFactor, MomentumForm
 from asg_env.files import replacing
 from asg_env.validation import ConfigError, Settings, sentence, validate
@@ -40,7 +45,7 @@ def _pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"must map names to regular expressions, got {text!r} ({error})") from None
+        raise ValueError(f"must be a regular expression, got {text!r} ({error})") from None
     return text
 
 
@@ -52,8 +57,6 @@ def _increasing(knots: tuple[float, ...]) -> tuple[float, ...]:
 
 
 # JSON has lists: these become tuples, while their numbers stay as strict as all others.
-# Upper bounds: the product of both is a float32.
-LARGEST_MULTIPLIER, LARGEST_BASE_LR = 1e6, 1e30
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST_MULTIPLIER)]
 Rows = Annotated[
     tuple[Annotated[tuple[NotNegative, ...], Strict(False)], ...],
@@ -108,7 +111,7 @@ class LearnedSchedule(Settings):
     """Dimensionless, >= 0; (T, G)."""
     spread: Rows
     """Standard deviation of the multipliers over all rollouts; (T, G)."""
-    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)]
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_SCALED_LR)]
     """Base rate that the multipliers were learned with; it contains `base_lr_scale`."""
     optimizer: str
     """Inner optimizer that they were learned with, such as `sgd`."""
@@ -125,7 +128,7 @@ class LearnedSchedule(Settings):
     """Environment id."""
     instances: str
     """Instance set of the rollouts."""
-    base_lr_scale: float
+    base_lr_scale: Annotated[float, Field(gt=0, le=LARGEST_SCALE)]
     """Hidden factor on the base rate in the rollouts."""
     inner_steps: Annotated[int, Field(ge=1)]
     """Inner steps of a whole rollout."""
@@ -154,6 +157,12 @@ class LearnedSchedule(Settings):
                     f"`schedule.{name}` must be {len(self.knots)} knots x "
                     f"{len(self.layer_groups)} layer groups; mend the file"
                 )
+        unknown = sorted(set(self.sources) - set(self.layer_groups))
+        if unknown:
+            raise ValueError(
+                f"`schedule.sources` must name groups of `layer_groups`, got {unknown}; mend the "
+                "file"
+            )
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -170,9 +179,13 @@ class LearnedSchedule(Settings):
             ValueError: The file is not a schedule, is newer than this code, or is damaged.
         """
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no JSON text"
+            reason = "it is no JSON text"
+            if isinstance(error, OSError):
+                reason = str(error.strerror)
+            elif isinstance(error, json.JSONDecodeError):
+                reason = f"it is no JSON text: line {error.lineno}, {error.msg}"
             raise ValueError(
                 f"{path} cannot be read as a schedule ({reason}); give a .json of asg export"
             ) from None
@@ -282,8 +295,11 @@ class LearnedSchedule(Settings):
             ValueError: A trainable parameter matches no group or several, a group matches none, or
                 a number is out of range.
         """
-        if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise ValueError(f"`weight_decay` must be a finite number >= 0, got {weight_decay}")
+        if weight_decay is not None and (
+            isinstance(weight_decay, bool | str)
+            or not (math.isfinite(weight_decay) and weight_decay >= 0)
+        ):
+            raise ValueError(f"`weight_decay` must be a finite number >= 0, got {weight_decay!r}")
         groups = build_param_groups(
             model, self.layer_groups, self.base_lr if base_lr is None else base_lr
         )

@@ -52,7 +52,7 @@ class Course:
         self.schedule, self.total_steps = schedule, steps
         # Window starts in whole inner steps: exact, where comparing step / total_steps with a
         # rounded knot would not be.
-        self.starts = tuple(round(knot * total_steps) for knot in schedule.knots)
+        self.starts = tuple(round(knot * steps) for knot in schedule.knots)
 
     @property
     def squeezed(self) -> str:
@@ -108,7 +108,17 @@ class ScheduleLR(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Any]:
-        """Rates of the coming inner step, one per parameter group."""
+        """Rates of the coming inner step, one per parameter group.
+
+        Raises:
+            ValueError: Groups were added to the optimizer.
+        """
+        if len(self.optimizer.param_groups) != len(self._owners):
+            raise ValueError(
+                f"the optimizer must have {len(self._owners)} parameter groups, as when the "
+                f"scheduler was made, got {len(self.optimizer.param_groups)}; add groups before it "
+                "is made"
+            )
         return self._course.rates(self.last_epoch, self.base_lrs, self._owners)
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,8 +160,22 @@ class ScheduleLR(LRScheduler):
                 "the state must be of the same schedule, got that of another; make the scheduler "
                 "from the file that it was saved with"
             )
+        check_steps_done("last_epoch", state_dict["last_epoch"])
         self.__dict__.update(state_dict)
         set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
+
+
+def check_steps_done(name: str, value: Any) -> None:
+    """Find out whether a state's count of inner steps is one.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"`{name}` must be the inner steps done, an integer >= 0, got {value!r}; give a state "
+            "that this scheduler's state_dict made"
+        )
 
 
 def prepare(

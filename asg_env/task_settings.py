@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from asg_env.config import EnvSettings, InnerSteps
 from asg_env.core.evaluation import Metric
+from asg_env.core.layer_groups import LARGEST_BASE_LR
 from asg_env.tasks.digit_sets import NEW_CLASSES, TargetName, five_digits
 from asg_env.tasks.image_task import OUTER_VALID_FRACTION, HeadName
 
@@ -38,7 +39,7 @@ class DigitsSettings(EnvSettings):
 class DigitsImageNetSettings(EnvSettings):
     """Settings of `ASG/DigitsImageNet-v0`: the rate that destroys the network is far lower."""
 
-    base_lr: Annotated[float, Field(gt=0)] = 0.01
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)] = 0.01
 
 
 class ImageTaskSettings(EnvSettings):
@@ -48,7 +49,7 @@ class ImageTaskSettings(EnvSettings):
     """
 
     inner_steps: InnerSteps = 20
-    base_lr: Annotated[float, Field(gt=0)] = 0.01
+    base_lr: Annotated[float, Field(gt=0, le=LARGEST_BASE_LR)] = 0.01
     store: str | None = None
     image_size: Annotated[int, Field(ge=16)] = 224  # [pixels]
     backbone: str = "torchvision:resnet101"

@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from asg_env.schedule import LearnedSchedule
-from asg_env.schedulers import prepare
+from asg_env.schedulers import check_steps_done, prepare
 
 try:
     from timm.scheduler.scheduler import Scheduler
@@ -62,6 +62,7 @@ class TimmScheduleLR(Scheduler):
                 "the state must be of the same schedule, got that of another; make the scheduler "
                 "from the file that it was saved with"
             )
+        check_steps_done("num_updates", state_dict["num_updates"])
         self.base_values = list(base)
         self.step_update(state_dict["num_updates"])
 

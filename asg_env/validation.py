@@ -1,7 +1,7 @@
 """Settings models, and what is wrong with a value in one sentence."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,12 +42,19 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
         raise ConfigError(f"{what} must have text keys, got {list(values)}: {error}") from None
 
 
+def _is_mapping(model: type[BaseModel], path: list[str]) -> bool:
+    """Whether a path of two goes into a mapping, not into a union's member or another model."""
+    known = model.model_fields.get(path[0]) if len(path) == 2 else None
+    return known is not None and get_origin(known.annotation) is dict
+
+
 def sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """Say the first problem in one sentence, with field, value, bound and fix."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
     path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-    if any(isinstance(part, int) for part in problem["loc"]):  # an entry of a list
+    of_list = any(isinstance(part, int) for part in problem["loc"])
+    if of_list or _is_mapping(model, path):  # an entry
         field = ".".join([where, *path] if where else path)
     else:
         field = ".".join([where, *path[:1]] if where else path[:1]) or where
@@ -87,7 +94,8 @@ def sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
         "bool_type": "true or false",
         "string_type": "text",
         "dict_type": "a mapping",
+        "tuple_type": "a list",
         "model_type": "a mapping",
     }
-    wanted = expected.get(problem["type"], problem["msg"].lower())
+    wanted = expected.get(problem["type"], problem["msg"].lower().removeprefix("input should be "))
     return f"`{field}` must be {wanted}, got {got}{fix}"

@@ -150,7 +150,8 @@ def _in_words(controller: Controller, any_number: bool) -> str:
     if any_number and record.network.kind == "coordinate-wise":
         drives = "any number of layer groups"
     else:
-        drives = f"{len(record.layer_groups)} layer groups: {', '.join(record.layer_groups)}"
+        many = len(record.layer_groups)
+        drives = f"{many} layer group{'s'[: many > 1]}: {', '.join(record.layer_groups)}"
     return (
         f"{record.network.kind} controller of {record.task}, instances {record.instances}, "
         f"{'greedy' if record.greedy else 'sampled'} actions, for {drives}; it observes "

@@ -82,6 +82,10 @@ def learned_controller(
         acts = record.greedy if greedy is None else greedy
         start = start_of_record(record, task)
         return LearnedController(start, record.encoding.terms, acts, controller.policy)
+    if not path.exists():
+        raise ConfigError(
+            f"--controller {path} is not there; give a run folder or a controller's file"
+        )
     run = RunFolder.open(path)
     if run.experiment.task != task:
         raise ConfigError(
@@ -147,7 +151,9 @@ def start_of_schedule(
             f"{path} was learned on {schedule.task}, got {task}; fit that task, or bring the "
             "schedule to another network in Python: by_depth or regroup of LearnedSchedule"
         )
+    # The file may have been edited: what it says of itself counts, not the settings of its making.
     start = {**schedule.settings, "base_lr": schedule.base_lr}
+    start |= {name: getattr(schedule, name) for name in OF_A_SCHEDULE}
     guidance = start.get("guidance")
     own = [name for name in guidance or () if is_user_code(name)]
     if any(re.match(r"env\.(guidance|kl_weight)=", override) for override in overrides):

@@ -19,6 +19,7 @@ from agents.experiment import MAX_WORKERS
 from agents.policy import Policy
 from agents.run_folder import RunFolder
 from agents.train import load_policy
+from asg_env.core.layer_groups import LARGEST_SCALE
 from asg_env.core.seeding import derive_seed
 from asg_env.instances import Instance
 from asg_env.schedule import LearnedSchedule
@@ -122,4 +123,7 @@ def checked_instance(task: str, seed: int, scale: float) -> Instance:
             }
         )
     except ValueError:
-        raise ConfigError(f"--scale must be a finite number > 0, got {scale}; set it so") from None
+        raise ConfigError(
+            f"--scale must be a finite number > 0, at most {LARGEST_SCALE:g}, got {scale}; set it "
+            "so"
+        ) from None

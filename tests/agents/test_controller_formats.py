@@ -124,7 +124,7 @@ def test_onnx_and_torch_export_are_written_for_other_layer_groups_too(tmp_path):
 def test_a_controller_is_not_made_for_layer_groups_that_it_cannot_drive(controller):
     for names in ([], ["body", "body"], ["body", ""]):
         with pytest.raises(
-            ConfigError, match="^layer groups must be different names, got .*; name"
+            ConfigError, match="^layer groups must be different names, none empty, got .*; name"
         ):
             controller.for_layer_groups(names)
     if controller.record.network.kind == "per-feature":

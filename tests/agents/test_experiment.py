@@ -131,7 +131,7 @@ def test_experiment_refuses_a_training_too_short_for_its_own_search_budget(make_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("env.horizon", "--set must look like agent.policy_lr=0.01, got 'env.horizon'"),
+        ("env.horizon", "--set must look like KEY=VALUE, got 'env.horizon'"),
         ("=3", "--set must look like"),
         ("env..horizon=3", "--set must look like"),
         ("seed.deep=3", "--set seed.deep=3: `seed` is no section"),

@@ -224,6 +224,14 @@ def test_groups_in_another_order_are_refused(make_settings, controller_for):
             small(controller, torch.optim.SGD(named))
 
 
+def test_the_head_of_the_training_is_not_the_first_of_other_groups(normalised):
+    names = ["head", "block1", "block0"]  # as of a ResNet by depth, turned round
+    named = [{**g, "name": n} for g, n in zip(groups_of(layers(3)), names, strict=True)]
+    with pytest.raises(ValueError, match=r"input to head, with 'head' last, .* got \['head', 'bl"):
+        small(normalised, torch.optim.SGD(named))
+    small(normalised, torch.optim.SGD(named[::-1]))
+
+
 @pytest.mark.parametrize("named", [0, 1])
 def test_groups_without_a_name_are_no_layer_groups(normalised, named):
     decayed, spared = groups_of(layers(2))
@@ -281,6 +289,17 @@ def test_a_diverged_training_is_no_error(normalised):
     train(model, optimizer, controller, 4)
     assert controller.diverged
     assert controller.multipliers == before
+
+
+def test_a_loss_beyond_float32_is_a_diverged_training_too(normalised):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer, every=1)
+    controller.begin(ce=1.0, kl=0.0)
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    controller.step(ce=1e300, kl=0.0)
+    assert controller.diverged
 
 
 class Reports:
@@ -407,6 +426,12 @@ def test_misuse_is_told(normalised, make_settings):
         controller.step(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match=r"terms beside ce and kl must be \[\].*got \['ewc'\]"):
         controller.begin(ce=1.0, kl=0.0, ewc=1.0)
+    for loss in (math.nan, math.inf, torch.tensor(math.nan)):
+        with pytest.raises(ValueError, match="`ce` of the untrained network must be finite, got"):
+            controller.begin(ce=loss, kl=0.0)
+    for loss in (None, "1.0"):
+        with pytest.raises(ValueError, match="`ce` must be one number or a tensor of one, got"):
+            controller.begin(ce=loss, kl=0.0)
     controller.begin(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match="has begun; call begin"):
         controller.begin(ce=1.0, kl=0.0)
@@ -418,6 +443,30 @@ def test_misuse_is_told(normalised, make_settings):
     model[0].weight.data = model[0].weight.data.clone()
     with pytest.raises(ValueError, match="parameters are no longer where they were"):
         train(model, optimizer, moved, 1)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (-1.0, "`inner_valid` must return a cross-entropy, >= 0, got -1.0; return the mean"),
+        (None, "`inner_valid` must be one number or a tensor of one, got None"),
+        ("1.0", "`inner_valid` must be one number or a tensor of one, got '1.0'"),
+    ],
+)
+def test_what_inner_valid_returns_is_checked(normalised, returned, message):
+    controller = small(
+        normalised, torch.optim.SGD(groups_of(layers(2))), inner_valid=lambda: returned
+    )
+    with pytest.raises(ValueError, match=message):
+        controller.begin(ce=1.0, kl=0.0)
+
+
+def test_steps_before_the_first_decision_are_told(normalised):
+    optimizer = torch.optim.SGD(groups_of(layers(2)))
+    controller = small(normalised, optimizer)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"must not have taken a step before begin\(\), got 1"):
+        controller.begin(ce=1.0, kl=0.0)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +513,33 @@ def test_the_state_of_another_is_refused(normalised, changes, message):
     controller = small(normalised, torch.optim.SGD(groups_of(layers(2))))
     with pytest.raises(ValueError, match=message):
         controller.load_state_dict({**controller.state_dict(), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 10**9},
+        {"step": -1},
+        {"step": 1.5},
+        {"multipliers": None},
+        {"multipliers": [0.1]},
+        {"policy": torch.zeros(3)},
+        {"policy": None},
+        {"initial": torch.zeros(1)},
+        {"marked": None},
+    ],
+)
+def test_a_damaged_state_is_refused_and_nothing_is_changed(normalised, changes):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer)
+    controller.begin(ce=1.0, kl=0.0)
+    train(model, optimizer, controller, 2)
+    state, before = controller.state_dict(), controller.multipliers
+    with pytest.raises(ValueError, match="^the state is damaged: .* give one that"):
+        controller.load_state_dict({**state, **changes})
+    assert controller.multipliers == before
+    controller.load_state_dict(state)
 
 
 def test_base_rates_that_are_tensors_are_kept_apart_from_the_rates(normalised):

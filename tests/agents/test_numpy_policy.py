@@ -61,6 +61,19 @@ def test_step_refuses_an_observation_of_another_width():
         policy.step(np.zeros(3, np.float32))
 
 
+def test_step_refuses_a_state_of_another_shape():
+    policy = numpy_policy(lively_network("per-feature", 5))
+    _, state = policy.step(np.zeros(12, np.float32))
+    with pytest.raises(ValueError, match=r"states must have the shape \(2, \d+\), got \(\d+, 2\)"):
+        policy.step(np.zeros(12, np.float32), state.T)
+
+
+def test_a_list_is_an_observation_too():
+    policy = numpy_policy(lively_network("per-feature", 5))
+    expected, _ = policy.step(np.zeros(12, np.float32))
+    np.testing.assert_array_equal(policy.step([0.0] * 12)[0], expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_large_weights_and_inputs_give_probabilities(case):
     network = lively_network(case, 5)

@@ -167,7 +167,7 @@ def test_regroup_keeps_names_and_takes_sources(five):
         ({"mid": "b"}, {}, r"from groups of \['conv1', .*\], got \{'mid': 'mid'\}; name one"),
         ({"mid": "b"}, {"mid": "conv9"}, r"got \{'mid': 'conv9'\}"),
         ({"head": "b"}, {"mid": "conv1"}, r"must be for groups of \['head'\], got \['mid'\]"),
-        ({"head": "("}, {}, "must map names to regular expressions"),
+        ({"head": "("}, {}, "must be a regular expression"),
         ({}, {}, "must hold at least 1 entry"),
     ],
 )

@@ -147,6 +147,11 @@ def write(tmp_path, make_schedule):
         ({"knots": [0.0, 0.5, 1.0]}, "`schedule.knots` must increase from 0 and stay below 1"),
         ({"knots": [0.0, math.nan, 0.5]}, "`schedule.knots.1` must be a finite number"),
         ({"knots": []}, "`schedule.knots` must hold at least 1 entry"),
+        ({"knots": 0}, "`schedule.knots` must be a list, got 0; set schedule.knots"),
+        ({"multipliers": [0.1]}, r"`schedule.multipliers.0` must be a list, got 0\.1"),
+        ({"provenance": {"run": 1}}, "`schedule.provenance.run` must be text, got 1"),
+        ({"sources": {"tail": "body"}}, r"`schedule.sources` must name groups .*, got \['tail'\]"),
+        ({"base_lr_scale": 0.0}, "`schedule.base_lr_scale` must be > 0"),
         ({"base_lr": 0}, "`schedule.base_lr` must be > 0.*, got 0"),
         ({"base_lr": math.inf}, "`schedule.base_lr` must be a finite number, got inf"),
         ({"base_lr": "fast"}, "`schedule.base_lr` must be a number, got 'fast'"),
@@ -158,8 +163,11 @@ def write(tmp_path, make_schedule):
         ({"interpolation": "cubic"}, "`schedule.interpolation` must be one of 'step', 'linear'"),
         ({"layer_groups": {}}, "`schedule.layer_groups` must hold at least 1 entry"),
         ({"layer_groups": ["body", "head"]}, "`schedule.layer_groups` must be a mapping"),
-        ({"layer_groups": {"body": 0, "head": 2}}, "`schedule.layer_groups` must be text, got 0"),
-        ({"layer_groups": {"body": "(", "head": "2"}}, "must map names to regular expressions"),
+        (
+            {"layer_groups": {"body": 0, "head": 2}},
+            "`schedule.layer_groups.body` must be text, got 0",
+        ),
+        ({"layer_groups": {"body": "(", "head": "2"}}, "layer_groups.body` must be a regular expr"),
         ({"settings": [1]}, r"`schedule.settings` must be a mapping, got \[1\]"),
         ({"momentum_form": "nesterov"}, "`schedule.momentum_form` must be one of 'pytorch' or"),
     ],
@@ -183,6 +191,24 @@ def test_schedule_load_refuses_what_is_no_schedule(tmp_path, content):
 def test_schedule_load_says_that_a_file_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.json cannot be read as a schedule"):
         LearnedSchedule.load(tmp_path / "nowhere.json")
+
+
+def test_schedule_load_says_in_which_line_it_is_no_json(tmp_path, make_schedule):
+    path = tmp_path / "schedule.json"
+    make_schedule().save(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], lines[1].rstrip(","), *lines[2:]]), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"\(it is no JSON text: line 3, Expecting ',' delimiter\)"
+    ):
+        LearnedSchedule.load(path)
+
+
+def test_schedule_of_an_editor_that_writes_a_byte_order_mark_is_read(tmp_path, make_schedule):
+    path = tmp_path / "schedule.json"
+    make_schedule().save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert LearnedSchedule.load(path) == make_schedule()
 
 
 def test_schedule_truncated_file_is_refused_at_any_length(tmp_path, make_schedule):
@@ -278,7 +304,7 @@ def test_param_groups_refuse_a_group_without_parameters(make_schedule, make_netw
         make_schedule().param_groups(make_network()[:2])
 
 
-@pytest.mark.parametrize("base_lr", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("base_lr", [0.0, -0.1, math.nan, math.inf, 1e40, True, "0.1"])
 def test_param_groups_refuse_a_rate_that_is_none(base_lr, make_schedule, make_network):
     with pytest.raises(ValueError, match="`base_lr` must be a finite number > 0"):
         make_schedule().param_groups(make_network(), base_lr)

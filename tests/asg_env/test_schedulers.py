@@ -389,6 +389,8 @@ def test_a_wrapped_optimizer_is_judged_by_what_it_wraps(make_schedule, make_netw
         ({"base_lrs": [0.1]}, "the state must hold .* for 2 parameter groups"),
         ({"gamma": 0.1}, "the state must hold last_epoch, total_steps, schedule_digest, base_lrs"),
         ({"schedule_digest": 1}, "must be of the same schedule, got that of another"),
+        ({"last_epoch": -5}, "`last_epoch` must be the inner steps done, an integer >= 0, got -5"),
+        ({"last_epoch": 1.5}, "`last_epoch` must be the inner steps done, an .* got 1.5; give a"),
     ],
 )
 def test_schedule_lr_refuses_the_state_of_another(make_schedule, make_network, changes, message):
@@ -414,9 +416,12 @@ def test_groups_that_were_added_later_are_told(make_schedule, make_network):
     optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
     with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add"):
         scheduler.load_state_dict(scheduler.state_dict())
+    optimizer.step()
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add groups bef"):
+        scheduler.step()
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), True, "0.1"])
 def test_weight_decay_out_of_range_is_told(make_schedule, make_network, value):
     with pytest.raises(ValueError, match="`weight_decay` must be a finite number >= 0, got"):
         make_schedule().param_groups(make_network(), weight_decay=value)
@@ -424,4 +429,5 @@ def test_weight_decay_out_of_range_is_told(make_schedule, make_network, value):
 
 def test_whole_numbers_of_numpy_are_lengths(make_schedule, make_network):
     learned = make_schedule()
-    assert learned.to_torch(sgd(make_network(), learned), np.int64(8)).total_steps == 8
+    for whole in (np.int64(8), torch.tensor(8)):
+        assert learned.to_torch(sgd(make_network(), learned), whole).total_steps == 8

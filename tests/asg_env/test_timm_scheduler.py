@@ -60,6 +60,8 @@ def test_timm_scheduler_refuses_what_is_no_state_of_its_own(make_schedule, make_
     learned = make_schedule()
     scheduler = learned.to_timm(sgd(make_network(), learned), 20)
     state = scheduler.state_dict()
+    with pytest.raises(ValueError, match="`num_updates` must be the inner steps done, .* got -1"):
+        scheduler.load_state_dict({**state, "num_updates": -1})
     del state["num_updates"]
     with pytest.raises(ValueError, match="must hold total_steps, schedule_digest, base_values, n"):
         scheduler.load_state_dict(state)

@@ -414,6 +414,19 @@ def test_fit_names_the_candidate_it_takes_when_none_is_given(asg, tmp_path):
     assert "taking 0.03" in " ".join(result.out.split())
 
 
+@pytest.mark.parametrize(
+    "change", [{"lr_factor": "warmup-poly"}, {"momentum_form": "scaled-velocity"}]
+)
+def test_fit_goes_by_what_an_edited_schedule_says_of_itself(asg, schedule, tmp_path, change):
+    weights = []
+    for name, edited in (("as-it-was", schedule), ("edited", schedule.with_changes(**change))):
+        edited.save(tmp_path / f"{name}.json")
+        out = tmp_path / name
+        assert asg("fit", TASK, "--schedule", tmp_path / f"{name}.json", "--out", out).status == 0
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
 def test_fit_reports_a_diverged_training_in_valid_json(asg, schedule, tmp_path):
     path = tmp_path / "schedule.json"
     schedule.save(path)

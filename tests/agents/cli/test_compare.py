@@ -291,7 +291,7 @@ def test_compare_refuses_an_unknown_file_of_rows(fails, tmp_path):
             )
             for override in ("env.instances=unknown-scale", "env.action=box", "env.split=test")
         ),
-        (["--set", "seed=1"], "--set must look like env.root=DIR here, got 'seed=1'"),
+        (["--set", "seed=1"], "--set must look like env.batch_size=16 here, got 'seed=1'"),
         (["--loudly"], "--loudly"),
     ],
 )

@@ -109,9 +109,12 @@ def test_info_asks_for_the_images(fails):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("root=/data", "--set must look like env.root=DIR here, got 'root=/data'"),
-        ("agent.policy_lr=1", "--set must look like env.root=DIR here, got 'agent.policy_lr=1'"),
-        ("env.root", "--set must look like agent.policy_lr=0.01, got 'env.root'"),
+        ("root=/data", "--set must look like env.batch_size=16 here, got 'root=/data'"),
+        (
+            "agent.policy_lr=1",
+            "--set must look like env.batch_size=16 here, got 'agent.policy_lr=1'",
+        ),
+        ("env.root", "--set must look like KEY=VALUE, got 'env.root'"),
         ("env.speed=1", "`env.speed` is unknown; known keys are"),
         ("env.root=/gone", "/gone/train/image_list.txt is missing; give the folder that holds"),
         ("env.root=3", "`env.root` must be text, got 3"),

@@ -70,7 +70,7 @@ def test_train_refuses_a_wrong_experiment_file(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("env.horizon", "--set must look like agent.policy_lr=0.01, got 'env.horizon'"),
+        ("env.horizon", "--set must look like KEY=VALUE, got 'env.horizon'"),
         ("=1", "--set must look like"),
         ("env.horizon=[", "--set env.horizon=[: the text is not YAML"),
         ("seed.a=1", "`seed` is no section"),

@@ -40,6 +40,7 @@ def test_fit_refuses_a_schedule_for_other_groups(fails, schedule, tmp_path, chan
         ({"settings": {"horizon": 0}}, "`schedule.settings.horizon` must be >= 1, got 0"),
         ({"settings": {"speed": 1}}, "`schedule.settings.speed` is unknown"),
         ({"settings": {"device": "abacus"}}, "`device` must be a torch device"),
+        ({"optimizer": "magic"}, "`schedule.settings.optimizer` must be one of 'sgd'"),
         ({"settings": 3}, "`schedule.settings` must be a mapping, got 3"),
         ({"layer_groups": ["conv1"]}, "`schedule.layer_groups` must be a mapping"),
     ],
@@ -62,11 +63,17 @@ def test_fit_refuses_a_damaged_schedule(fails, schedule, tmp_path, changes, mess
         (["--baseline", "cosine", "--schedule", "a.json"], "give exactly one of"),
         (["--baseline", "cosine", "--greedy"], "give --controller, or leave them out"),
         (["--baseline", "cosine", "--sampled"], "give --controller, or leave them out"),
-        (["--baseline", "cosine", "--scale", "0"], "--scale must be a finite number > 0, got 0"),
+        (
+            ["--baseline", "cosine", "--scale", "0"],
+            "--scale must be a finite number > 0, at most 100000, got 0",
+        ),
         (["--baseline", "cosine", "--scale", "-1"], "--scale must be a finite number > 0"),
         (["--baseline", "cosine", "--scale", "nan"], "--scale must be a finite number > 0"),
         (["--baseline", "cosine", "--scale", "inf"], "--scale must be a finite number > 0"),
+        (["--baseline", "cosine", "--scale", "1e300"], "at most 100000, got 1e+300; set it so"),
         (["--baseline", "cosine", "--scale", "fast"], "--scale"),
+        (["--baseline", "cosine", "--set", "env.base_lr=1e300"], "`env.base_lr` must be <= 1e+25"),
+        (["--controller", "nowhere"], "--controller nowhere is not there; give a run folder or"),
         (["--baseline", "cosine", "--seed", "-1"], "--seed"),
     ],
 )
@@ -84,7 +91,7 @@ def test_fit_refuses_wrong_arguments(fails, tmp_path, arguments, message):
         ("env.speed=1", "`env.speed` is unknown"),
         ("env.instances=unknown-scale", "`env.instances` changes nothing in this command, got"),
         ("env.observation=asg", "`env.observation` changes nothing in this command, got"),
-        ("train.workers=2", "--set must look like env.root=DIR here, got 'train.workers=2'"),
+        ("train.workers=2", "--set must look like env.batch_size=16 here, got 'train.workers=2'"),
     ],
 )
 def test_fit_refuses_settings_that_a_schedule_was_not_learned_with(
@@ -204,8 +211,8 @@ def test_fit_and_export_refuse_a_training_seed_that_is_not_there(fails, run, inl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "0"], "--scale must be a finite number > 0, got 0"),
-        (["--scale", "nan"], "--scale must be a finite number > 0, got nan"),
+        (["--scale", "0"], "--scale must be a finite number > 0, at most 100000, got 0"),
+        (["--scale", "nan"], "--scale must be a finite number > 0, at most 100000, got nan"),
         (["--episodes", "0"], "--episodes"),
         (["--select", "worst"], "'worst' is not one of 'mean', 'median', 'best'"),
         (["--format", "yaml"], "'yaml' is not one of 'json', 'csv', 'python', 'contr"),
@@ -233,7 +240,11 @@ def test_export_refuses_options_of_schedules_for_a_controller(fails, run, tmp_pa
         ("s.json", "a,b", "--layer-groups is of the formats onnx and torch, while a schedule is"),
         ("c.safetensors", "a,b", "got format controller; leave it out"),
         ("c.pt2", "a,b", "the controller is for 5 layer groups (conv1, conv2, conv3, conv4, head)"),
-        ("c.onnx", "a,,b", "layer groups must be different names, got ['a', '', 'b']; name each"),
+        (
+            "c.onnx",
+            "a,,b",
+            "layer groups must be different names, none empty, got ['a', '', 'b']; name each",
+        ),
     ],
 )
 def test_export_refuses_layer_groups_that_it_cannot_write_for(
