@@ -72,7 +72,7 @@ def depth_groups(model: nn.Module, head: str | None = None) -> dict[str, str]:
     """Layer groups for a model of any depth: name to pattern, input to head.
 
     The items of the model's lists (`Sequential`, `ModuleList`) of blocks are a group each: blocks
-    of a ResNet or a ViT, stages of a ConvNeXt or a Swin. What comes before the first is `stem`;
+    of a ResNet or a ViT, stages of a timm ConvNeXt or Swin. What comes before the first is `stem`;
     the head is `head`; what is between the last block and the head goes with that block. A model
     without blocks, such as a `Sequential` of layers, has a group for each layer, its norms going
     with the layer before. Order is that in which the modules were made, as in `named_parameters()`,
@@ -109,6 +109,10 @@ def _groups(model: nn.Module, head: str | None) -> dict[str, tuple[str, bool]]:
     if not any(p.ndim > 1 for name, p in trainable.items() if _within(name, last)):
         raise ValueError(
             f"`head` must be a module of {kind} with a trainable matrix, got {last!r}; name it"
+        )
+    if _within(next(name for name, _ in model.named_parameters()), last):
+        raise ValueError(
+            f"`head` must be the last layer of {kind}, not its first, got {last!r}; name that"
         )
     counted = {}  # frozen layers behind the head, such as an old head, have no depth
     before_head = True

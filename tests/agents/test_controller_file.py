@@ -109,6 +109,12 @@ def test_a_controller_that_cannot_be_written_leaves_nothing(controller, tmp_path
         ({"version": 2}, "has controller version 2, this asg-env reads 1; use the asg-env"),
         ({"format": "other"}, "is not a controller: it says nothing of the format 'asg-env-contr"),
         ({"base_lr": -1.0}, "is damaged: `controller.base_lr` must be > 0.*got -1.0"),
+        ({"base_lr": 1e300}, r"is damaged: `controller.base_lr` must be <= 1e\+25"),
+        (
+            {"network": {"kind": "coordinate-wise", "hidden_size": 10**9, "memoryless": False}},
+            "is damaged: `controller.network` must be <= 4096, got 1000000000",
+        ),
+        ({"version": True}, "has controller version True, this asg-env reads 1"),
         ({"speed": 1}, "is damaged: `controller.speed`"),
         ({"growing_windows": [1, 2]}, "is damaged: `growing_windows` must be .* got 2 that make 3"),
         ({"labels": ["ce"]}, "observes ce, which this asg-env does not offer"),

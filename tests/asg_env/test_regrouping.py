@@ -246,6 +246,12 @@ def test_a_model_that_ends_in_a_norm_is_told_to_name_its_head(five):
     assert five.by_depth(model, head="1").layer_groups.keys() == {"0", "head"}
 
 
+def test_the_first_layer_is_no_head(five):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="`head` must be the last layer of .* not its first, got"):
+        five.by_depth(model, head="0")
+
+
 def test_parametrised_layers_are_one():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     nn.utils.parametrizations.weight_norm(model[1])
