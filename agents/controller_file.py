@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agents.coordinatewise import CoordinatewiseNetwork
 from agents.lstm_policy import LSTMPolicyNetwork
-from agents.numpy_policy import CONTROLLER_FORMAT, CONTROLLER_VERSION
+from agents.numpy_policy import CONTROLLER_FORMAT, CONTROLLER_VERSION, order_problem
 from agents.protocol import acts_greedily
 from agents.recurrent_policy import Layout, RecurrentPolicy
 from agents.run_folder import RunFolder, versions
@@ -163,15 +163,10 @@ class Controller:
             layer_groups: Names, input to head.
 
         Raises:
-            ConfigError: As `network` and `check_order`; or a name is empty or comes twice.
+            ConfigError: As `network`, or as `check_order`.
         """
+        check_order(layer_groups, self.record.layer_groups)
         groups = tuple(layer_groups)
-        if not groups or not all(groups) or len(set(groups)) < len(groups):
-            raise ConfigError(
-                f"layer groups must be different names, none empty, got {list(groups)}; name each "
-                "group once, input to head"
-            )
-        check_order(groups, self.record.layer_groups)
         self.network(groups)
         changes = {"layer_groups": groups, "labels": self.observation(groups).labels}
         return Controller(self.record.model_copy(update=changes), self.weights)
@@ -190,28 +185,14 @@ class Controller:
 
 
 def check_order(layer_groups: Sequence[str], learned: Sequence[str]) -> None:
-    """Find out whether layer groups that a controller's training had, too, are in its order.
-
-    Args:
-        layer_groups: Of the network that it is to drive; by any names.
-        learned: Those of its training, input to head.
+    """Find out whether a controller can drive layer groups of these names.
 
     Raises:
-        ConfigError: They are not, or the head of the training is not last.
+        ConfigError: See `agents.numpy_policy.order_problem`.
     """
-    known = [name for name in layer_groups if name in learned]
-    ordered = [name for name in learned if name in known]
-    if known != ordered:
-        raise ConfigError(
-            f"layer groups must be in the order {ordered}, input to head, as where the controller "
-            f"was trained, got {known}; put them so"
-        )
-    head = learned[-1]
-    if head in known and layer_groups[-1] != head:
-        raise ConfigError(
-            f"layer groups must go from input to head, with '{head}' last, as where the controller "
-            f"was trained, got {list(layer_groups)}; put them so"
-        )
+    problem = order_problem(layer_groups, learned)
+    if problem:
+        raise ConfigError(problem)
 
 
 def controller_of(run: RunFolder, training_seed: int = 0, greedy: bool | None = None) -> Controller:

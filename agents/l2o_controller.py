@@ -24,13 +24,14 @@ from torch.optim import Optimizer
 
 from agents.controller_file import Controller, read_controller
 from agents.live import LivePolicy
-from agents.live_inputs import Loss, layer_groups_of, number, scalar, whole
+from agents.live_inputs import Loss, is_like, layer_groups_of, number, scalar, whole
 from asg_env.core.layer_groups import set_learning_rates
 from asg_env.core.optimizers import lr_factor
 from asg_env.core.telemetry import Telemetry, WindowRecorder
 from asg_env.schedulers import check_optimizer, unwrapped
 
 WEIGHTS = ("initial", "marked", "started")  # copies of them that a state holds
+LOSSES = 5  # numbers of an inner step besides further terms, as `WindowRecorder.report` takes them
 
 
 class L2OController:
@@ -166,17 +167,18 @@ class L2OController:
                 "call begin() before the first step, or make the controller after those"
             )
         row = self._row(ce, kl, terms)
-        for name, value in {"ce": ce, "kl": kl, **terms}.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"`{name}` of the untrained network must be finite, got {float(value)}; look "
-                    "at the network before it is trained"
-                )
         self._recorder.start_training()
         first = self._recorder.report_before_training(row, self._terms)
+        for name, value in {"ce": first.ce, "kl": first.kl, **first.guidance}.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"`{name}` of the untrained network must be a finite float32, got {value}; "
+                    "look at the network before it is trained"
+                )
+        loss = self._held_out_loss()
         self._step = self._unreported = 0
         self._live.begin(first)
-        self._decide(first)
+        self._decide(first, loss)
 
     def step(self, ce: Loss, kl: Loss, **terms: Loss) -> None:
         """Report an inner step, after `optimizer.step()` and before the next `zero_grad()`.
@@ -193,6 +195,7 @@ class L2OController:
             raise ValueError("the training has not begun; call begin() before the first step")
         if self._step >= self._total or self.diverged:
             return
+        row = self._row(ce, kl, terms)
         taken, self._unreported = self._unreported, 0
         if taken == 0 and self._skipped():
             return
@@ -201,7 +204,7 @@ class L2OController:
                 f"the optimizer must take one step between two reports, got {taken}; call "
                 "controller.step() after each optimizer.step(), before zero_grad()"
             )
-        self._records += self._row(ce, kl, terms)
+        self._records += row
         self._step += 1
         if not self._ends_at(self._step):
             if self._record.lr_factor != "constant":
@@ -217,7 +220,7 @@ class L2OController:
         report = self._recorder.report(self._records, self._terms)
         self._records, self.diverged = [], report.diverged
         if self._step < self._total and not self.diverged:
-            self._decide(report)
+            self._decide(report, self._held_out_loss())
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the controller stands, as tensors and plain values."""
@@ -284,24 +287,32 @@ class L2OController:
         }
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        """Find out whether the parts of a state can be those of this training."""
-        step, groups = state["step"], len(self.layer_groups)
-        shapes = {name: getattr(self._recorder, name).shape for name in WEIGHTS}
-        good = step is None or (
-            isinstance(step, int)
-            and 0 <= step <= self._total
-            and isinstance(state["multipliers"], list)
-            and len(state["multipliers"]) == groups
-            and isinstance(state["policy"], Tensor)
-            and state["policy"].shape == (1, 2, self._state_width)
+        """Find out, before anything is changed, whether a state can be one of this training."""
+        step = state["step"]
+        good = {name: is_like(state[name], getattr(self._recorder, name).shape) for name in WEIGHTS}
+        good["diverged"] = isinstance(state["diverged"], bool)
+        good["generator"] = isinstance(state["generator"], Mapping)
+        good["step"] = step is None or (type(step) is int and 0 <= step <= self._total)
+        good["records"] = (
+            isinstance(state["records"], list)
+            and all(is_like(record, torch.Size()) for record in state["records"])
+            and len(state["records"]) % (LOSSES + len(self._terms)) == 0
         )
-        if not good or any(
-            not isinstance(state[name], Tensor) or state[name].shape != shape
-            for name, shape in shapes.items()
-        ):
+        if step is not None:  # before the first decision there are none of these
+            multipliers = state["multipliers"]
+            good["multipliers"] = (
+                isinstance(multipliers, list)
+                and len(multipliers) == len(self.layer_groups)
+                and all(isinstance(m, float) and 0 <= m < math.inf for m in multipliers)
+            )
+            good["previous_ce"] = isinstance(state["previous_ce"], float)
+            good["policy"] = is_like(state["policy"], torch.Size((1, 2, self._state_width)))
+            good["policy"] = good["policy"] and bool(state["policy"].isfinite().all())
+        bad = [name for name, right in good.items() if not right]
+        if bad:
             raise ValueError(
-                "the state is damaged: its step, multipliers or tensors are not of the form of "
-                "this controller's; give one that L2OController.state_dict made"
+                f"the state is damaged: {', '.join(bad)} cannot be of this training; give one that "
+                "L2OController.state_dict made"
             )
 
     def _before_step(self, *_: Any) -> None:
@@ -324,16 +335,19 @@ class L2OController:
         gradients = [p.grad for group in self._parameters for p in group if p.grad is not None]
         return any(not bool(gradient.isfinite().all()) for gradient in gradients)
 
-    def _decide(self, report: Telemetry) -> None:
+    def _held_out_loss(self) -> float:
+        if not (self._live.needs_inner_valid and self._inner_valid):
+            return 0.0  # nobody reads it
+        loss = number("inner_valid", self._inner_valid())
+        if loss < 0:
+            raise ValueError(
+                f"`inner_valid` must return a cross-entropy, >= 0, got {loss}; return the mean "
+                "over held-out training images"
+            )
+        return loss
+
+    def _decide(self, report: Telemetry, loss: float) -> None:
         assert self._step is not None
-        loss = 0.0
-        if self._live.needs_inner_valid and self._inner_valid:
-            loss = number("inner_valid", self._inner_valid())
-            if loss < 0:
-                raise ValueError(
-                    f"`inner_valid` must return a cross-entropy, >= 0, got {loss}; return the mean "
-                    "over held-out training images"
-                )
         self._live.decide(report, self._step / self._total, loss, self._chance_loss)
         self._set_rates()
         self._recorder.start_window()

@@ -58,10 +58,15 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, str):  # float() would read it
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             f"`{name}` must be one number or a tensor of one, got {value!r}; give the mean loss"
         ) from None
+
+
+def is_like(value: Any, shape: torch.Size) -> bool:
+    """Whether something is a tensor of a shape."""
+    return isinstance(value, Tensor) and value.shape == shape
 
 
 def whole(name: str, value: Any, low: int = 1, high: int | None = None) -> int:

@@ -128,6 +128,34 @@ def _quantities(labels: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(label.partition("/")[0] for label in labels if "/" in label))
 
 
+def order_problem(layer_groups: Sequence[str], learned: Sequence[str]) -> str:
+    """Say why a controller cannot drive layer groups of these names, or nothing if it can.
+
+    Args:
+        layer_groups: Of the network that it is to drive, input to head; by any names.
+        learned: Those of its training; where names are shared, their order is.
+    """
+    names = list(layer_groups)
+    if isinstance(layer_groups, str) or not (names and all(names) and len({*names}) == len(names)):
+        return (
+            f"layer groups must be different names, none empty, got {layer_groups!r}; name each "
+            "group once, input to head"
+        )
+    known = [name for name in names if name in learned]
+    ordered = [name for name in learned if name in known]
+    if known != ordered:
+        return (
+            f"layer groups must be in the order {ordered}, input to head, as where the controller "
+            f"was trained, got {known}; put them so"
+        )
+    if learned[-1] in known and names[-1] != learned[-1]:
+        return (
+            f"layer groups must go from input to head, with '{learned[-1]}' last, as where the "
+            f"controller was trained, got {names}; put them so"
+        )
+    return ""
+
+
 class NumpyPolicy:
     """A policy network of given weights, as it acts.
 
@@ -186,12 +214,10 @@ class NumpyPolicy:
             )
         try:
             learned, labels, network = record["layer_groups"], record["labels"], record["network"]
+            problem = order_problem(learned if layer_groups is None else layer_groups, learned)
+            if problem:
+                raise ValueError(problem)
             groups = list(learned if layer_groups is None else layer_groups)
-            if not groups or not all(groups) or len(set(groups)) < len(groups):
-                raise ValueError(
-                    f"`layer_groups` must be different names, none empty, got {groups}; name each "
-                    "group once, input to head"
-                )
             if network["kind"] == "per-feature" and len(groups) != len(learned):
                 raise ValueError(
                     f"`layer_groups` must be {len(learned)}, as in the controller's training, got "

@@ -15,6 +15,7 @@ InstanceSet = Literal["fixed", "unknown-scale", "mixed", "transfer"]
 InstanceSplit = Literal["train", "test"]
 
 TEST_INSTANCES = 40
+LARGEST_WIDTH = 100.0  # a typing mistake must not ask for all memory
 SCALE_RANGE = (0.1, 10.0)  # of `base_lr_scale` in every set but `fixed`
 # Train and test instances are disjoint by construction: their seeds come from disjoint ranges.
 TRAIN_SEEDS = (0, 2**31)
@@ -101,15 +102,15 @@ class Instance:
         for name in ("head_seed", "data_seed"):
             if not _is_whole(values[name]):
                 raise ValueError(f"instance `{name}` must be an integer, got {values[name]!r}")
-        for name in ("base_lr_scale", "width"):
+        for name, largest in (("base_lr_scale", LARGEST_SCALE), ("width", LARGEST_WIDTH)):
             number = values.get(name, 1.0)
             if (
                 isinstance(number, bool)
                 or not isinstance(number, int | float)
-                or not 0 < number <= LARGEST_SCALE
+                or not 0 < number <= largest
             ):
                 raise ValueError(
-                    f"instance `{name}` must be a finite number > 0, at most {LARGEST_SCALE:g}, "
+                    f"instance `{name}` must be a finite number > 0, at most {largest:g}, "
                     f"got {number!r}"
                 )
         for name in ("batch_size", "horizon"):

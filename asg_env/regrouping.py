@@ -110,10 +110,6 @@ def _groups(model: nn.Module, head: str | None) -> dict[str, tuple[str, bool]]:
         raise ValueError(
             f"`head` must be a module of {kind} with a trainable matrix, got {last!r}; name it"
         )
-    if _within(next(name for name, _ in model.named_parameters()), last):
-        raise ValueError(
-            f"`head` must be the last layer of {kind}, not its first, got {last!r}; name that"
-        )
     counted = {}  # frozen layers behind the head, such as an old head, have no depth
     before_head = True
     for name, parameter in model.named_parameters():

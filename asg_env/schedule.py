@@ -137,7 +137,7 @@ class LearnedSchedule(Settings):
     provenance: dict[str, str] = {}
     """Where it came from: config digest, training seed, versions."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         """Check values as a file's are.
 
         Raises:
@@ -155,7 +155,8 @@ class LearnedSchedule(Settings):
             if len(rows) != len(self.knots) or any(len(r) != len(self.layer_groups) for r in rows):
                 raise ValueError(
                     f"`schedule.{name}` must be {len(self.knots)} knots x "
-                    f"{len(self.layer_groups)} layer groups; mend the file"
+                    f"{len(self.layer_groups)} layer groups, got {len(rows)} rows of "
+                    f"{sorted({len(r) for r in rows})}; mend it"
                 )
         unknown = sorted(set(self.sources) - set(self.layer_groups))
         if unknown:

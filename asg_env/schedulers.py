@@ -1,6 +1,5 @@
 """What drives an optimizer by a learned schedule: in PyTorch, and for optax."""
 
-import math
 import operator
 import warnings
 import zlib
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from asg_env.core.layer_groups import effective_lrs, set_learning_rates
+from asg_env.core.layer_groups import check_base_lr, effective_lrs, set_learning_rates
 from asg_env.core.optimizers import MomentumForm, ScaledVelocitySGD, lr_factor
 from asg_env.schedule import LearnedSchedule
 
@@ -113,12 +112,7 @@ class ScheduleLR(LRScheduler):
         Raises:
             ValueError: Groups were added to the optimizer.
         """
-        if len(self.optimizer.param_groups) != len(self._owners):
-            raise ValueError(
-                f"the optimizer must have {len(self._owners)} parameter groups, as when the "
-                f"scheduler was made, got {len(self.optimizer.param_groups)}; add groups before it "
-                "is made"
-            )
+        check_groups(self.optimizer, len(self._owners))
         return self._course.rates(self.last_epoch, self.base_lrs, self._owners)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,13 +159,30 @@ class ScheduleLR(LRScheduler):
         set_learning_rates(self.optimizer, [float(lr) for lr in self._last_lr])
 
 
+def check_groups(optimizer: Optimizer, count: int) -> None:
+    """Find out whether an optimizer still has the parameter groups that a scheduler drives.
+
+    Raises:
+        ValueError: Groups were added.
+    """
+    if len(optimizer.param_groups) != count:
+        raise ValueError(
+            f"the optimizer must have {count} parameter groups, as when the scheduler was made, "
+            f"got {len(optimizer.param_groups)}; add groups before it is made"
+        )
+
+
 def check_steps_done(name: str, value: Any) -> None:
     """Find out whether a state's count of inner steps is one.
 
     Raises:
         ValueError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value >= 0 and float(value).is_integer())
+    ):
         raise ValueError(
             f"`{name}` must be the inner steps done, an integer >= 0, got {value!r}; give a state "
             "that this scheduler's state_dict made"
@@ -283,8 +294,7 @@ def optax_schedules(
         import jax.numpy as jnp
     except ImportError:
         raise ImportError("to_optax needs JAX; pip install jax optax") from None
-    if not (math.isfinite(base_lr) and base_lr > 0):
-        raise ValueError(f"`base_lr` must be a finite number > 0, got {base_lr}")
+    base_lr = check_base_lr(base_lr)
     if schedule.momentum_form != "pytorch":
         raise ValueError(
             f"the rates were learned with momentum_form '{schedule.momentum_form}', which optax "

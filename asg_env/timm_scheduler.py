@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from asg_env.schedule import LearnedSchedule
-from asg_env.schedulers import check_steps_done, prepare
+from asg_env.schedulers import check_groups, check_steps_done, prepare
 
 try:
     from timm.scheduler.scheduler import Scheduler
@@ -26,7 +26,7 @@ class TimmScheduleLR(Scheduler):
 
     def step_update(self, num_updates: int, metric: float | None = None) -> None:
         """Set the rates of the step that comes after `num_updates` steps."""
-        self._done = num_updates
+        self._done = int(num_updates)  # plain, for the state
         super().step_update(num_updates, metric)
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,4 +67,5 @@ class TimmScheduleLR(Scheduler):
         self.step_update(state_dict["num_updates"])
 
     def _get_lr(self, t: int) -> list[float]:
+        check_groups(self.optimizer, len(self._owners))
         return self._course.rates(t, self.base_values, self._owners)

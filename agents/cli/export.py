@@ -41,7 +41,7 @@ CONTROLLER_WRITERS: dict[Format, Callable[[Controller, Path], None]] = {
     "onnx": write_onnx,
     "torch": write_torch,
 }
-FOR_GROUPS: tuple[Format, ...] = ("onnx", "torch")  # of networks for given layer groups
+FOR_GROUPS: tuple[Format, ...] = ("onnx", "torch")  # a graph has fixed shapes, weights have not
 
 
 def export_command(
@@ -150,8 +150,8 @@ def _in_words(controller: Controller, any_number: bool) -> str:
     if any_number and record.network.kind == "coordinate-wise":
         drives = "any number of layer groups"
     else:
-        many = len(record.layer_groups)
-        drives = f"{many} layer group{'s'[: many > 1]}: {', '.join(record.layer_groups)}"
+        groups = record.layer_groups
+        drives = f"{len(groups)} layer group{'' if len(groups) == 1 else 's'}: {', '.join(groups)}"
     return (
         f"{record.network.kind} controller of {record.task}, instances {record.instances}, "
         f"{'greedy' if record.greedy else 'sampled'} actions, for {drives}; it observes "

@@ -152,8 +152,8 @@ def start_of_schedule(
             "schedule to another network in Python: by_depth or regroup of LearnedSchedule"
         )
     # The file may have been edited: what it says of itself counts, not the settings of its making.
-    start = {**schedule.settings, "base_lr": schedule.base_lr}
-    start |= {name: getattr(schedule, name) for name in OF_A_SCHEDULE}
+    mine = ("base_lr", *OF_A_SCHEDULE)
+    start = {**schedule.settings, **{name: getattr(schedule, name) for name in mine}}
     guidance = start.get("guidance")
     own = [name for name in guidance or () if is_user_code(name)]
     if any(re.match(r"env\.(guidance|kl_weight)=", override) for override in overrides):
@@ -164,7 +164,13 @@ def start_of_schedule(
             "file is run because a schedule names it; add --set env.guidance=..., with that term "
             "or without"
         )
-    validate(settings_class(task), start, "schedule.settings")
+    try:
+        validate(settings_class(task), start, "schedule.settings")
+    except ConfigError as error:
+        sentence = str(error)
+        for name in mine:  # stands beside `settings` in the file
+            sentence = sentence.replace(f"schedule.settings.{name}", f"schedule.{name}")
+        raise ConfigError(sentence) from None
     return start
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ GroupPatterns = Mapping[str, str]
 SHOWN = 5  # names in a message, at most
 # Bounds of a base rate, of a hidden factor on it, of both together and of a multiplier: a rate, all
 # of them multiplied, is a float32.
-LARGEST_BASE_LR, LARGEST_SCALE, LARGEST_SCALED_LR, LARGEST_MULTIPLIER = 1e25, 1e5, 1e30, 1e6
+LARGEST_BASE_LR, LARGEST_SCALE, LARGEST_SCALED_LR, LARGEST_MULTIPLIER = 1e25, 1e4, 1e30, 1e6
 
 
 def split_parameters(model: nn.Module, patterns: GroupPatterns) -> dict[str, list[nn.Parameter]]:
@@ -73,20 +74,28 @@ def build_param_groups(
     """Return PyTorch parameter groups, one per layer group, each at the base rate.
 
     Raises:
-        ValueError: As `split_parameters`, or `base_lr` is not a number > 0 that a rate can be.
+        ValueError: As `split_parameters`, or as `check_base_lr`.
     """
-    if not (_is_number(base_lr) and 0 < base_lr <= LARGEST_SCALED_LR):
-        raise ValueError(
-            f"`base_lr` must be a finite number > 0, at most {LARGEST_SCALED_LR:g}, got {base_lr!r}"
-        )
+    base_lr = check_base_lr(base_lr)
     return [
         {"params": parameters, "lr": base_lr, "name": name}
         for name, parameters in split_parameters(model, patterns).items()
     ]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def check_base_lr(value: object) -> float:
+    """Return a base rate that a training can have.
+
+    Raises:
+        ValueError: It is no number > 0, or with a multiplier it could be no float32.
+    """
+    # NumPy's numbers are of Real, too.
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number <= LARGEST_SCALED_LR:
+        raise ValueError(
+            f"`base_lr` must be a finite number > 0, at most {LARGEST_SCALED_LR:g}, got {value!r}"
+        )
+    return number
 
 
 def effective_lrs(base_lr: float, multipliers: Sequence[float], factor: float = 1.0) -> list[float]:

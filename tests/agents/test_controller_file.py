@@ -144,6 +144,8 @@ def test_weights_that_cannot_be_used_are_told(controller, path):
     ],
 )
 def test_what_is_no_controller_is_told(tmp_path, text, message):
+    with pytest.raises(ValueError, match=r"cannot be read as a controller \(it is a folder\)"):
+        NumpyPolicy.load(tmp_path)
     path = tmp_path / "controller.safetensors"
     if text is not None:
         path.write_bytes(text)

@@ -121,12 +121,20 @@ def test_onnx_and_torch_export_are_written_for_other_layer_groups_too(tmp_path):
             np.testing.assert_allclose(found, odds, rtol=0, atol=1e-6)
 
 
-def test_a_controller_is_not_made_for_layer_groups_that_it_cannot_drive(controller):
-    for names in ([], ["body", "body"], ["body", ""]):
-        with pytest.raises(
-            ConfigError, match="^layer groups must be different names, none empty, got .*; name"
-        ):
+def test_a_controller_is_not_made_for_layer_groups_that_it_cannot_drive(controller, tmp_path):
+    controller.save(tmp_path / "c.safetensors")
+    for names, message in (
+        ([], "must be different names, none empty, got"),
+        (["body", "body"], "must be different names"),
+        (["body", ""], "must be different names"),
+        ("body", "must be different names, none empty, got 'body'"),
+        (["head", "conv4"], r"must be in the order \['conv4', 'head'\]"),
+        (["head", "body"], "must go from input to head, with 'head' last"),
+    ):
+        with pytest.raises(ConfigError, match=f"^layer groups {message}"):
             controller.for_layer_groups(names)
+        with pytest.raises(ValueError, match=f"^layer groups {message}"):
+            NumpyPolicy.load(tmp_path / "c.safetensors", names)
     if controller.record.network.kind == "per-feature":
         with pytest.raises(ConfigError, match="is for 5 layer groups .*, got 2; train a coord"):
             controller.for_layer_groups(["body", "head"])

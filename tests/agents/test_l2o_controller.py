@@ -426,10 +426,10 @@ def test_misuse_is_told(normalised, make_settings):
         controller.step(ce=1.0, kl=0.0)
     with pytest.raises(ValueError, match=r"terms beside ce and kl must be \[\].*got \['ewc'\]"):
         controller.begin(ce=1.0, kl=0.0, ewc=1.0)
-    for loss in (math.nan, math.inf, torch.tensor(math.nan)):
-        with pytest.raises(ValueError, match="`ce` of the untrained network must be finite, got"):
+    for loss in (math.nan, math.inf, torch.tensor(math.nan), 1e39, torch.tensor(1e300).double()):
+        with pytest.raises(ValueError, match="`ce` of the untrained network must be a finite flo"):
             controller.begin(ce=loss, kl=0.0)
-    for loss in (None, "1.0"):
+    for loss in (None, "1.0", 10**400):
         with pytest.raises(ValueError, match="`ce` must be one number or a tensor of one, got"):
             controller.begin(ce=loss, kl=0.0)
     controller.begin(ce=1.0, kl=0.0)
@@ -454,11 +454,26 @@ def test_misuse_is_told(normalised, make_settings):
     ],
 )
 def test_what_inner_valid_returns_is_checked(normalised, returned, message):
+    answers = [returned, 1.0]
     controller = small(
-        normalised, torch.optim.SGD(groups_of(layers(2))), inner_valid=lambda: returned
+        normalised, torch.optim.SGD(groups_of(layers(2))), inner_valid=lambda: answers.pop(0)
     )
     with pytest.raises(ValueError, match=message):
         controller.begin(ce=1.0, kl=0.0)
+    controller.begin(ce=1.0, kl=0.0)  # the training had not begun
+
+
+def test_a_report_that_was_refused_may_be_given_again(normalised):
+    model = layers(2)
+    optimizer = torch.optim.SGD(groups_of(model))
+    controller = small(normalised, optimizer)
+    controller.begin(ce=model(torch.ones(4, 3)).sum(), kl=0.0)  # with its graph
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="`ce` must be one number"):
+        controller.step(ce=None, kl=0.0)
+    controller.step(ce=1.0, kl=0.0)
+    assert controller.state_dict()["step"] == 1
 
 
 def test_steps_before_the_first_decision_are_told(normalised):
@@ -521,25 +536,48 @@ def test_the_state_of_another_is_refused(normalised, changes, message):
         {"step": 10**9},
         {"step": -1},
         {"step": 1.5},
+        {"step": True},
         {"multipliers": None},
         {"multipliers": [0.1]},
+        {"multipliers": [math.nan, 0.1]},
+        {"multipliers": [-0.1, 0.1]},
+        {"multipliers": ["0.1", 0.1]},
         {"policy": torch.zeros(3)},
         {"policy": None},
+        {"previous_ce": None},
+        {"generator": None},
+        {"diverged": "no"},
+        {"records": None},
+        {"records": [torch.zeros(3)] * 5},
+        {"records": [torch.zeros(())] * 3},
         {"initial": torch.zeros(1)},
         {"marked": None},
     ],
+    ids=lambda changes: next(iter(changes)),
 )
 def test_a_damaged_state_is_refused_and_nothing_is_changed(normalised, changes):
-    model = layers(2)
-    optimizer = torch.optim.SGD(groups_of(model))
-    controller = small(normalised, optimizer)
-    controller.begin(ce=1.0, kl=0.0)
-    train(model, optimizer, controller, 2)
-    state, before = controller.state_dict(), controller.multipliers
-    with pytest.raises(ValueError, match="^the state is damaged: .* give one that"):
-        controller.load_state_dict({**state, **changes})
-    assert controller.multipliers == before
-    controller.load_state_dict(state)
+    states, controllers, optimizers = [], [], []
+    for steps in (1, 4):
+        model = layers(2)
+        optimizers.append(torch.optim.SGD(groups_of(model)))
+        controllers.append(small(normalised, optimizers[-1]))
+        controllers[-1].begin(ce=1.0, kl=0.0)
+        train(model, optimizers[-1], controllers[-1], steps)
+        states.append(controllers[-1].state_dict())
+    assert states[0]["step"] != states[1]["step"]
+    rates = [group["lr"] for group in optimizers[1].param_groups]
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"^the state is damaged: {name} cannot be .* give one th"):
+        controllers[1].load_state_dict({**states[0], **changes})
+    assert [group["lr"] for group in optimizers[1].param_groups] == rates
+    after = controllers[1].state_dict()
+    for key, value in states[1].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(after[key], value), key
+        else:
+            assert after[key] == value, key
+    controllers[1].load_state_dict(states[0])
+    assert controllers[1].state_dict()["step"] == states[0]["step"]
 
 
 def test_base_rates_that_are_tensors_are_kept_apart_from_the_rates(normalised):

@@ -178,25 +178,25 @@ def test_instance_scale_defaults_to_nominal():
         ({"data_seed": "2"}, r"`data_seed` must be an integer, got '2'"),
         (
             {"base_lr_scale": 0},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got 0",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got 0",
         ),
         (
             {"base_lr_scale": -1.0},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got -1\.0",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got -1\.0",
         ),
         (
             {"base_lr_scale": math.nan},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got nan",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got nan",
         ),
         (
             {"base_lr_scale": math.inf},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got inf",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got inf",
         ),
         (
             {"base_lr_scale": "big"},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got 'big'",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got 'big'",
         ),
-        ({"width": 0}, r"`width` must be a finite number > 0, at most 100000, got 0"),
+        ({"width": 0}, r"`width` must be a finite number > 0, at most 100, got 0"),
         ({"horizon": 0}, r"`horizon` must be an integer >= 1, got 0"),
         ({"batch_size": 2.5}, r"`batch_size` must be an integer >= 1, got 2\.5"),
         ({"optimizer": "sdg"}, r"`optimizer` must be one of sgd, adam, .*, got 'sdg'"),
@@ -205,7 +205,7 @@ def test_instance_scale_defaults_to_nominal():
         ({"classes": "01234"}, r"`classes` must be a list of five digits, .*, got '01234'"),
         (
             {"base_lr_scale": True},
-            r"`base_lr_scale` must be a finite number > 0, at most 100000, got True",
+            r"`base_lr_scale` must be a finite number > 0, at most 10000, got True",
         ),
     ],
 )

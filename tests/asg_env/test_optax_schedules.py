@@ -33,5 +33,6 @@ def test_optax_trains_as_torch_does(make_schedule, make_network):
         params = optax.apply_updates(params, updates)
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(params[name], parameter.detach().numpy(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="`base_lr` must be a finite number > 0, got 0"):
-        learned.to_optax(8, base_lr=0)
+    for base_lr in (0, 1e300, True, "0.1"):
+        with pytest.raises(ValueError, match="`base_lr` must be a finite number > 0, at most 1e"):
+            learned.to_optax(8, base_lr=base_lr)

@@ -246,10 +246,13 @@ def test_a_model_that_ends_in_a_norm_is_told_to_name_its_head(five):
     assert five.by_depth(model, head="1").layer_groups.keys() == {"0", "head"}
 
 
-def test_the_first_layer_is_no_head(five):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="`head` must be the last layer of .* not its first, got"):
-        five.by_depth(model, head="0")
+def test_a_head_may_have_been_made_first(five):
+    model = nn.Module()
+    model.fc = nn.Linear(2, 2)
+    model.blocks = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    mapped = five.by_depth(model, head="fc")
+    assert list(mapped.layer_groups) == ["blocks.0", "blocks.1", "head"]
+    assert mapped.sources["head"] == "head"
 
 
 def test_parametrised_layers_are_one():

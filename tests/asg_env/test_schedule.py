@@ -84,6 +84,17 @@ def test_schedule_made_by_hand_is_refused_with_the_sentence_of_a_file(
         make_schedule(**changes)
 
 
+@pytest.mark.parametrize("rate", [np.float32(0.25), np.int64(1)])
+def test_param_groups_take_the_numbers_of_numpy(rate, make_schedule, make_network):
+    groups = make_schedule().param_groups(make_network(), rate)
+    assert [group["lr"] for group in groups] == [float(rate)] * len(groups)
+
+
+def test_schedule_with_a_key_that_python_uses_is_refused_as_any(write):
+    with pytest.raises(ValueError, match="`schedule.self` is unknown; known keys are base_lr"):
+        LearnedSchedule.load(write(self=1))
+
+
 def test_schedule_made_by_hand_says_what_is_missing():
     with pytest.raises(ValueError, match="^`schedule.layer_groups` is missing; add it$"):
         LearnedSchedule(knots=(0.0,))

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -60,8 +61,19 @@ def test_timm_scheduler_refuses_what_is_no_state_of_its_own(make_schedule, make_
     learned = make_schedule()
     scheduler = learned.to_timm(sgd(make_network(), learned), 20)
     state = scheduler.state_dict()
+    scheduler.step_update(np.int64(3))
+    scheduler.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
     with pytest.raises(ValueError, match="`num_updates` must be the inner steps done, .* got -1"):
         scheduler.load_state_dict({**state, "num_updates": -1})
     del state["num_updates"]
     with pytest.raises(ValueError, match="must hold total_steps, schedule_digest, base_values, n"):
         scheduler.load_state_dict(state)
+
+
+def test_groups_that_were_added_later_are_told(make_schedule, make_network):
+    learned = make_schedule()
+    optimizer = sgd(make_network(), learned)
+    scheduler = learned.to_timm(optimizer, 20)
+    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
+    with pytest.raises(ValueError, match="must have 2 parameter groups, .* got 3; add groups bef"):
+        scheduler.step_update(1)

@@ -259,6 +259,10 @@ def test_export_writes_a_controller_for_layer_groups_of_other_names(asg, done, t
     result = asg("export", done, "--out", tmp_path / "c.pt2", "--layer-groups", names)
     assert (result.status, result.err) == (0, "")
     assert "for 5 layer groups: stem, block1, block2, block3, head" in " ".join(result.out.split())
+    files = {"controller": ""}
+    torch.export.load(tmp_path / "c.pt2", extra_files=files)
+    record = json.loads(files["controller"])
+    assert record["layer_groups"] == ["stem", "block1", "block2", "block3", "head"]
 
 
 def test_show_prints_and_draws_a_schedule(asg, schedule, tmp_path):
