@@ -157,7 +157,8 @@ class L2OController:
             terms: Values of further guidance terms that the controller observes.
 
         Raises:
-            ValueError: Terms are missing or unknown, or the training has begun.
+            ValueError: Terms are missing or unknown, a loss is no finite number, the optimizer has
+                taken a step, or the training has begun.
         """
         if self._step is not None:
             raise ValueError("the training has begun; call begin() once, before the first step")
@@ -187,9 +188,9 @@ class L2OController:
         rates stay.
 
         Raises:
-            ValueError: Terms are missing or unknown, `begin` was not called, the optimizer took
-                no step since the last report or several, or at the end of a window the gradients
-                are gone or parameters are no longer where they were.
+            ValueError: Terms are missing or unknown, a loss is no number, `begin` was not called,
+                the optimizer took no step since the last report or several, or at the end of a
+                window the gradients are gone or parameters are no longer where they were.
         """
         if self._step is None:
             raise ValueError("the training has not begun; call begin() before the first step")

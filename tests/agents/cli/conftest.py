@@ -1,4 +1,5 @@
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,24 @@ def schedule() -> LearnedSchedule:
         inner_steps=6,
         settings={"horizon": 3, "inner_steps": 2, "outer_valid_size": 50},
     )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_values) -> Path:
+    """`asg train`, with real worker processes, from an experiment file to figures."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(make_values()), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["asg", "train", str(path), "--out", str(folder / "run")])
+        with pytest.raises(SystemExit) as stop:
+            agents.cli.main.main()
+    assert stop.value.code == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> Path:
+    """A finished run of one's own."""
+    shutil.copytree(finished, tmp_path / "done")
+    return tmp_path / "done"
